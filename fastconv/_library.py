@@ -1,0 +1,48 @@
+"""Loads the compiled libraries, and says why one is not there."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+_BUILD = "build it with: pip install --no-build-isolation -e ."
+
+
+@functools.cache
+def load(name: str) -> str | None:
+    """Loads ``fastconv/lib<name>.so``, which registers its kernels; returns what went wrong, or None."""
+    path = Path(__file__).parent / f"libfastconv_{name}.so"
+    if not path.exists():
+        return f"{path.name} is not built; {_BUILD}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load ({error}); {_BUILD}"
+    return None
+
+
+@functools.cache
+def host():
+    """The torch-free extension module ``fastconv._host``: instruction sets, emulator counters. None if not built."""
+    try:
+        from . import _host
+    except ImportError:
+        return None
+    return _host
+
+
+@functools.cache
+def problem(backend: str) -> str | None:
+    """Why a compiled backend (``"cpu"``, ``"cuda"``, ``"emulator"``) cannot run here, or None."""
+    if backend == "emulator":
+        return load("emulator")
+    error = load("kernels")
+    if error is not None or backend == "cpu":
+        return error
+    if host() is None or not host().built_with_cuda():
+        return f"the library was built without CUDA; with nvcc {torch.version.cuda or 'and a CUDA PyTorch'} at hand, {_BUILD}"
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False"
+    return None

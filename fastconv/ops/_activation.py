@@ -1,0 +1,50 @@
+"""The activations that a convolution applies to its sum, and their derivatives.
+
+``gelu`` is ``x * Phi(x)``, ``gelu_tanh`` its tanh form, ``silu`` ``x * sigmoid(x)`` (spec: batch normalisation
+and activations).
+"""
+
+from __future__ import annotations
+
+import torch
+
+ACTIVATIONS = (None, "relu", "relu6", "gelu", "gelu_tanh", "silu")
+# Their derivative can be read off the output; the others need the sum before the activation.
+FROM_OUTPUT = ("relu", "relu6")
+
+
+def check_activation(activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+
+
+def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """The activation, by PyTorch's own operators."""
+    functional = torch.nn.functional
+    if activation is None:
+        return x
+    if activation == "relu":
+        return functional.relu(x)
+    if activation == "relu6":
+        return functional.relu6(x)
+    if activation == "gelu":
+        return functional.gelu(x)
+    if activation == "gelu_tanh":
+        return functional.gelu(x, approximate="tanh")
+    return functional.silu(x)
+
+
+def activation_backward(
+    grad: torch.Tensor, x: torch.Tensor, activation: str | None
+) -> torch.Tensor:
+    """Gradient with respect to the sum ``x``; for ``FROM_OUTPUT``, ``x`` may be the output instead."""
+    aten = torch.ops.aten
+    if activation is None:
+        return grad
+    if activation == "relu":
+        return aten.threshold_backward(grad, x, 0)
+    if activation == "relu6":
+        return aten.hardtanh_backward(grad, x, 0.0, 6.0)
+    if activation == "silu":
+        return aten.silu_backward(grad, x)
+    return aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -1,0 +1,170 @@
+"""How an operator becomes known to PyTorch: schema, fake, autograd, vmap, autocast, FLOPs.
+
+An operator ``fastconv::<name>`` has one overload for each implementation behind it:
+
+==================  ==================================================================
+``<name>``          the compiled kernels: C++ for CPU tensors, CUDA for CUDA tensors
+``<name>.emulator`` the same CUDA kernels, run on CPU tensors by ``csrc/emulator``
+``<name>.triton``   the Triton kernels of ``fastconv.kernels.<name>``
+==================  ==================================================================
+
+All overloads share the schema and every formula, which an operator's own file states once. A formula
+runs in two places: in ``register_autograd``, which ``torch.compile`` and ``torch.export`` need, and in
+an ``autograd.Function``, which ``torch.func`` needs; neither alone serves both.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Callable, Sequence
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+library = torch.library.Library("fastconv", "FRAGMENT")
+
+OVERLOADS = {"cpu": "", "cuda": "", "emulator": "emulator", "triton": "triton"}
+
+
+class Operator:
+    """One operator of the library, registered with PyTorch for every kind of kernel.
+
+    Args:
+        name: the operator's name in ``torch.ops.fastconv``.
+        schema: arguments and returns in PyTorch's schema language, without the name.
+        fake: ``fake(*arguments) -> tensors`` of the right shape, dtype and strides.
+        setup_context: ``setup_context(ctx, inputs, output)`` saves what the gradient needs;
+            ``ctx.backend`` names the overload that ran.
+        backward: ``backward(ctx, *grads)`` returns one gradient for each argument. Written with other
+            operators of the library, so that it can be differentiated again.
+        vmap: ``vmap(info, in_dims, *arguments) -> (output, out_dims)``.
+        flops: ``flops(*argument_shapes, out_shape) -> int``, two for each multiply-add.
+        triton: ``"module:function"`` below ``fastconv.kernels`` that launches the Triton kernels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None],
+        backward: Callable[..., Any],
+        vmap: Callable[..., Any],
+        flops: Callable[..., int],
+        triton: str,
+    ) -> None:
+        self.name = name
+        self._triton = triton
+        self._ops: dict[str, Any] = {}
+        self._functions: dict[str, type[torch.autograd.Function]] = {}
+        for overload in dict.fromkeys(OVERLOADS.values()):
+            local = f"{name}.{overload}" if overload else name
+            qualname = f"fastconv::{local}"
+            library.define(f"{local}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            op = getattr(getattr(torch.ops.fastconv, name), overload or "default")
+            setup = self._remember_backend(overload, setup_context)
+            torch.library.register_fake(qualname, fake, lib=library)
+            torch.library.register_autograd(qualname, backward, setup_context=setup, lib=library)
+            torch.library.register_vmap(qualname, self._vmap_for(op, vmap), lib=library)
+            for device_type in ("CPU", "CUDA"):
+                library.impl(qualname, self._autocast_for(op, device_type), f"Autocast{device_type}")
+            self._ops[overload] = op
+            self._functions[overload] = type(
+                f"{_camel_case(name)}Function",
+                (torch.autograd.Function,),
+                {
+                    "__doc__": f"``torch.autograd.Function`` over ``torch.ops.{op}``.",
+                    "__module__": __name__,
+                    "forward": staticmethod(_plain_call(op)),
+                    "setup_context": staticmethod(setup),
+                    "backward": staticmethod(backward),
+                    "vmap": staticmethod(self._vmap_for(op, vmap)),
+                },
+            )
+        register_flop_formula(getattr(torch.ops.fastconv, name))(flops)
+        for device_type in ("CPU", "CUDA"):
+            library.impl(f"fastconv::{name}.triton", self._launch_triton, device_type)
+
+    def function(self, backend: str = "cpu") -> type[torch.autograd.Function]:
+        """The ``torch.autograd.Function`` of one backend's kernels."""
+        return self._functions[OVERLOADS[backend]]
+
+    def __call__(self, backend: str, *arguments: Any) -> Any:
+        """Runs the operator with one backend's kernels, differentiably."""
+        overload = OVERLOADS[backend]
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            for argument in arguments:
+                if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                    return self._functions[overload].apply(*arguments)
+        return self._ops[overload](*arguments)
+
+    def _launch_triton(self, *arguments: Any) -> Any:
+        module, function = self._triton.split(":")
+        return getattr(importlib.import_module(f"fastconv.kernels.{module}"), function)(*arguments)
+
+    @staticmethod
+    def _remember_backend(overload: str, setup_context: Callable[..., None]) -> Callable[..., None]:
+        backend = overload or "cpu"
+
+        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.backend = backend
+            setup_context(ctx, inputs, output)
+
+        return setup
+
+    @staticmethod
+    def _vmap_for(op: Any, vmap: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda info, in_dims, *arguments: vmap(op, info, in_dims, *arguments)
+
+    @staticmethod
+    def _autocast_for(op: Any, device_type: str) -> Callable[..., Any]:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type}"))
+
+        def cast(*arguments: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*autocast(device_type.lower(), arguments))
+
+        return cast
+
+
+def autocast(device_type: str, arguments: Sequence[Any]) -> list[Any]:
+    """Casts float tensors to the type that ``torch.autocast`` asks for on a device type.
+
+    float64 tensors are left alone, as PyTorch's own convolutions leave them.
+    """
+    dtype = torch.get_autocast_dtype(device_type)
+    return [
+        argument.to(dtype)
+        if isinstance(argument, torch.Tensor)
+        and argument.is_floating_point()
+        and argument.dtype != torch.float64
+        else argument
+        for argument in arguments
+    ]
+
+
+def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
+    """``channels_last`` if a 4-D tensor's strides say so, else ``contiguous_format``.
+
+    The rule is PyTorch's own; ``memory_format_of`` in ``csrc/common/binding.h`` is its twin.
+    """
+    smallest = 0
+    strides, sizes = tensor.stride(), tensor.shape
+    if strides[1] == 0:
+        return torch.contiguous_format
+    for dim in (1, 3, 2, 0):
+        if sizes[dim] == 0 or strides[dim] < smallest:
+            return torch.contiguous_format
+        if dim == 0 and smallest == strides[1]:  # N x 1 x 1 x 1 could be either
+            return torch.contiguous_format
+        smallest = strides[dim] * max(sizes[dim], 1)
+    return torch.channels_last
+
+
+def _plain_call(op: Any) -> Callable[..., Any]:
+    return lambda *arguments: op(*arguments)
+
+
+def _camel_case(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
