@@ -1,0 +1,63 @@
+"""Times things against each other: in one run, in turns, so that a busy machine is busy for all of them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Callable, Mapping
+
+Stopwatch = Callable[[Callable[[], Any], int], float]
+
+
+def wall_clock(call: Callable[[], Any], times: int) -> float:
+    """Seconds that ``times`` calls take, each, by the host's clock: for work that is done when the call returns."""
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int = 20,
+    *,
+    seconds: float | None = None,
+    turn: float = 2e-3,
+    stopwatch: Stopwatch = wall_clock,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds a call of each contender, one figure a round; compare their medians.
+
+    In every round each contender has one turn: an untimed call, which brings its own data back into the caches,
+    then as many timed calls as fill ``turn`` seconds. The order moves on by one each round.
+
+    Args:
+        contenders: what to call, by name.
+        rounds: how often each has its turn, at most.
+        seconds: stop after this long once three rounds are done; None: never.
+        turn: the least length of a turn, in seconds.
+        stopwatch: ``stopwatch(call, times) -> seconds a call``; :func:`wall_clock`, or one that knows the device.
+        progress: called with (rounds done, rounds) after each round.
+
+    Raises:
+        ValueError: there are no contenders, or ``rounds`` is below 1.
+    """
+    if not contenders:
+        raise ValueError("contenders must have at least one entry, got none")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    start = time.perf_counter()
+    times = {}
+    for name, call in contenders.items():
+        call()  # first calls compile, allocate and choose
+        times[name] = max(1, round(turn / max(stopwatch(call, 1), 1e-9)))
+    names = list(contenders)
+    measured: dict[str, list[float]] = {name: [] for name in names}
+    for done in range(rounds):
+        for name in names[done % len(names) :] + names[: done % len(names)]:
+            contenders[name]()
+            measured[name].append(stopwatch(contenders[name], times[name]))
+        if progress is not None:
+            progress(done + 1, rounds)
+        if seconds is not None and done >= 2 and time.perf_counter() - start > seconds:
+            break
+    return measured
