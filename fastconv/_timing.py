@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 Stopwatch = Callable[[Callable[[], Any], int], float]
 
 
 def wall_clock(call: Callable[[], Any], times: int) -> float:
-    """Seconds that ``times`` calls take, each, by the host's clock: for work that is done when the call returns."""
+    """Seconds a call takes, over ``times`` calls, by the host's clock: for work that is done when the call returns."""
     start = time.perf_counter()
     for _ in range(times):
         call()
@@ -27,15 +28,15 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds a call of each contender, one figure a round; compare their medians.
 
-    In every round each contender has one turn: an untimed call, which brings its own data back into the caches,
-    then as many timed calls as fill ``turn`` seconds. The order moves on by one each round.
+    In every round each contender has one turn: an untimed call, which brings its own data back into the
+    caches, then as many timed calls as fill ``turn`` seconds. The order moves on by one each round.
 
     Args:
         contenders: what to call, by name.
         rounds: how often each has its turn, at most.
         seconds: stop after this long once three rounds are done; None: never.
         turn: the least length of a turn, in seconds.
-        stopwatch: ``stopwatch(call, times) -> seconds a call``; :func:`wall_clock`, or one that knows the device.
+        stopwatch: ``stopwatch(call, times) -> seconds a call``, such as :func:`wall_clock`.
         progress: called with (rounds done, rounds) after each round.
 
     Raises:
