@@ -10,7 +10,7 @@ Stopwatch = Callable[[Callable[[], Any], int], float]
 
 
 def wall_clock(call: Callable[[], Any], times: int) -> float:
-    """Seconds a call takes, over ``times`` calls, by the host's clock; the work is done when a call returns."""
+    """Seconds a call, over ``times`` calls, by the host's clock; a call returns when its work is done."""
     start = time.perf_counter()
     for _ in range(times):
         call()
