@@ -49,13 +49,11 @@ class Choice:
         if backend is None:
             backend = _state.backend
         if backend is None:
-            for candidate in self.prefer(tensor, *arguments):
+            for candidate in (*self.prefer(tensor, *arguments), "aten", "reference"):
                 if algorithm is not None and algorithm not in self.algorithms.get(candidate, ()):
                     continue
                 if self.obstacle(candidate, algorithm, tensor, *arguments) is None:
                     return candidate
-            if algorithm is None:
-                return "aten" if "aten" in self.algorithms else "reference"
             known = {name: names for name, names in self.algorithms.items() if names}
             raise BackendError(
                 f"{self.op}: no backend here runs algorithm={algorithm!r} on this input; known are {known}"
@@ -112,15 +110,11 @@ def available(op: str, device: str | torch.device = "cpu") -> tuple[str, ...]:
         raise ValueError(f"op must be one of {tuple(CHOICES)}, got {op!r}")
     device_type = torch.device(device).type
     return tuple(
-        name
-        for name in BACKENDS
-        if name in CHOICES[op].algorithms and why_not(name, device_type) is None
+        name for name in BACKENDS if name in CHOICES[op].algorithms and why_not(name, device_type) is None
     )
 
 
-def why_not(
-    backend: str, device_type: str, dtype: torch.dtype = torch.float32
-) -> str | None:
+def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
     """Why no operator can run on a backend here, for tensors on a device; None if they can."""
     from . import _library
 
@@ -130,7 +124,9 @@ def why_not(
         return _library.problem("cpu")
     if backend == "cuda":
         if device_type != "cuda":
-            return f"it needs CUDA tensors, got {device_type} (backend='emulator' runs its kernels on the CPU)"
+            return (
+                f"it needs CUDA tensors, got {device_type} (backend='emulator' runs its kernels on the CPU)"
+            )
         return _library.problem("cuda")
     if backend == "emulator":
         if device_type != "cpu":

@@ -93,9 +93,7 @@ def depthwise_conv2d(
     if backend == "reference":
         top, bottom, left, right = padding
         padded = torch.nn.functional.pad(input, (left, right, top, bottom))
-        output = depthwise_conv2d_reference(
-            padded, weight, bias, stride, 0, dilation, activation=activation
-        )
+        output = depthwise_conv2d_reference(padded, weight, bias, stride, 0, dilation, activation=activation)
         return output.contiguous(memory_format=memory_format_of(input))
     return forward_operator(backend, *arguments, activation, algorithm)
 
@@ -135,7 +133,7 @@ def _aten(input, weight, bias, stride, padding, dilation, activation):
     if top != bottom or left != right:
         input = torch.nn.functional.pad(input, (0, right - left, 0, bottom - top))
     output = torch.nn.functional.conv2d(
-        input, weight, bias, stride, (top, left), dilation, groups=max(input.shape[1], 1)
+        input, weight, bias, stride, (top, left), dilation, groups=input.shape[1]
     )
     return activate(output, activation)
 
@@ -144,6 +142,12 @@ def _prefer(input, weight, stride, dilation) -> tuple[str, ...]:
     if input.device.type == "cuda":
         return "cuda", "triton", "aten"
     return "cpu", "aten"
+
+
+def _why_not(backend, algorithm, input, *_) -> str | None:
+    if backend == "aten" and input.shape[1] == 0:
+        return "PyTorch's convolution needs at least one channel"
+    return None
 
 
 choose = Choice(
@@ -157,6 +161,7 @@ choose = Choice(
         "reference": (),
     },
     prefer=_prefer,
+    why_not=_why_not,
 )
 
 
@@ -166,9 +171,7 @@ choose = Choice(
 def _fake(input, weight, bias, stride, padding, dilation, activation, algorithm):
     height, width = _check(input, weight, bias, stride, padding, dilation, activation)
     shape = (input.shape[0], weight.shape[0], height, width)
-    return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input)
-    )
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -176,9 +179,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     ctx.has_bias = bias is not None
     from_output = ctx.activation in FROM_OUTPUT
     needs_bias = ctx.activation is not None and not from_output
-    ctx.save_for_backward(
-        input, weight, bias if needs_bias else None, output if from_output else None
-    )
+    ctx.save_for_backward(input, weight, bias if needs_bias else None, output if from_output else None)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
@@ -188,9 +189,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
         # The sum is cheap to compute again and as large as the output to keep.
         total = output
         if total is None:
-            total = forward_operator(
-                ctx.backend, input, weight, bias, *geometry, None, ctx.algorithm
-            )
+            total = forward_operator(ctx.backend, input, weight, bias, *geometry, None, ctx.algorithm)
         grad = activation_backward(grad, total, ctx.activation)
     need = (*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2])
     grads = backward_operator(ctx.backend, grad, input, weight, *geometry, ctx.algorithm, *need)
@@ -244,9 +243,7 @@ def _backward_fake(
     grad_output, input, weight, stride, padding, dilation, algorithm, need_input, need_weight, need_bias
 ):
     def like(tensor, memory_format):
-        return torch.empty(
-            tensor.shape, dtype=input.dtype, device=input.device, memory_format=memory_format
-        )
+        return torch.empty(tensor.shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
 
     nothing = (0,)
     return (

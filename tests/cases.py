@@ -1,0 +1,82 @@
+"""What the tests of every operator share: where they run, which kernels, how tensors lie in memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+DEVICE = os.environ.get("FASTCONV_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE == "cpu":
+    assert "triton" not in sys.modules, "too late: Triton reads TRITON_INTERPRET when it is imported"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fastconv.backends import CHOICES, available, why_not  # noqa: E402
+from fastconv.ops._operator import OVERLOADS  # noqa: E402
+
+# Backends of an operator that no tensor on this device can reach.
+ELSEWHERE = {"cpu": {"cuda"}, "cuda": {"cpu", "emulator"}}[DEVICE]
+
+
+class Run(NamedTuple):
+    """One way to run an operator: a backend, and one of its algorithms."""
+
+    backend: str
+    algorithm: str | None
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.algorithm}" if self.algorithm else self.backend
+
+    @property
+    def keywords(self) -> dict[str, str | None]:
+        return {"backend": self.backend, "algorithm": self.algorithm}
+
+    @property
+    def slow(self) -> bool:
+        """Interpreted, thousands of times slower than compiled."""
+        return DEVICE == "cpu" and self.backend in ("emulator", "triton")
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        return why_not(self.backend, DEVICE, dtype) is None
+
+    def operator(self, name: str) -> torch._ops.OpOverload:
+        """The overload of ``torch.ops.fastconv.<name>`` behind this backend."""
+        return getattr(getattr(torch.ops.fastconv, name), OVERLOADS[self.backend] or "default")
+
+
+def runs(op: str, *, own: bool = False) -> list[Run]:
+    """Every backend and algorithm of an operator that can run here; ``own`` leaves out what PyTorch computes.
+
+    ``test_backends.py`` fails if a backend is missing that this device should have.
+    """
+    algorithms = CHOICES[op].algorithms
+    return [
+        Run(backend, algorithm)
+        for backend in available(op, DEVICE)
+        if backend in OVERLOADS or not own
+        for algorithm in algorithms[backend] or (None,)
+    ]
+
+
+# How an (N, C, H, W) tensor may lie in memory: layout(make, shape), where make(shape) gives the values.
+LAYOUTS: dict[str, Callable[[Callable[..., torch.Tensor], tuple[int, ...]], torch.Tensor]] = {
+    "contiguous": lambda make, shape: make(shape),
+    "channels_last": lambda make, shape: make(shape).contiguous(memory_format=torch.channels_last),
+    "channel_slice": lambda make, shape: make((shape[0], shape[1] + 3, *shape[2:]))[:, 1:-2],
+    "channels_last_channel_slice": lambda make, shape: make((shape[0], shape[1] + 3, *shape[2:])).contiguous(
+        memory_format=torch.channels_last
+    )[:, 1:-2],
+    "spatial_slice": lambda make, shape: make((*shape[:2], shape[2] + 2, shape[3] + 3))[:, :, 1:-1, 2:-1],
+    "channels_last_spatial_slice": lambda make, shape: make(
+        (*shape[:2], shape[2] + 2, shape[3] + 3)
+    ).contiguous(memory_format=torch.channels_last)[:, :, 1:-1, 2:-1],
+    "stepped": lambda make, shape: make((*shape[:2], 2 * shape[2], 3 * shape[3]))[:, :, ::2, 1::3],
+    "expanded_batch": lambda make, shape: make((1, *shape[1:])).expand(shape),
+    "expanded_channels": lambda make, shape: make((shape[0], 1, *shape[2:])).expand(shape),
+    "expanded_pixels": lambda make, shape: make((*shape[:2], 1, 1)).expand(shape),
+    "transposed_pixels": lambda make, shape: make((*shape[:2], shape[3], shape[2])).transpose(2, 3),
+    "transposed_batch": lambda make, shape: make((shape[1], shape[0], *shape[2:])).transpose(0, 1),
+}
