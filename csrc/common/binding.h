@@ -1,0 +1,144 @@
+// What every binding shares: the launcher's ritual on PyTorch's stable ABI. Only <op>.cpp files include this.
+//
+//   device, dtype, shapes (check_*), empty returns early, guard, current stream, launch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "activation.h"
+#include "cpu.h"
+#include "types.h"
+
+namespace fastconv {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Integers = std::vector<int64_t>;
+
+// Calls body(T{}) with the kernel's element type for a tensor's dtype.
+template <typename Body>
+void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    case ScalarType::Half: return body(Float16{});
+    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+const T* const_data(const std::optional<Tensor>& tensor) {
+  return tensor ? const_data<T>(*tensor) : nullptr;
+}
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline void check_rank(const Tensor& tensor, int64_t rank, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == rank, name, " must have ", rank, " dimensions, got ", tensor.dim());
+}
+
+inline void check_like(const Tensor& tensor, const Tensor& input, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must have the dtype of input");
+  STD_TORCH_CHECK(tensor.device() == input.device(), name, " must be on the device of input");
+}
+
+inline void check_size(const Tensor& tensor, int64_t dim, int64_t size, const char* name) {
+  STD_TORCH_CHECK(tensor.size(dim) == size, name, " must have size ", size, " in dimension ", dim, ", got ",
+                  tensor.size(dim));
+}
+
+inline void check_integers(const Integers& values, size_t count, int64_t least, const char* name) {
+  STD_TORCH_CHECK(values.size() == count, name, " must have ", count, " values, got ", values.size());
+  for (const int64_t value : values)
+    STD_TORCH_CHECK(value >= least, name, " must be at least ", least, ", got ", value);
+}
+
+// Outputs along one axis: floor((size + padding - dilation * (kernel - 1) - 1) / stride) + 1.
+inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  const int64_t span = dilation * (kernel - 1) + 1;
+  STD_TORCH_CHECK(size + padding >= span, "weight spans ", span, " pixels, more than the padded input's ",
+                  size + padding);
+  return (size + padding - span) / stride + 1;
+}
+
+inline Activation parse_activation(const std::optional<std::string>& name) {
+  if (!name) return Activation::none;
+  if (*name == "relu") return Activation::relu;
+  if (*name == "relu6") return Activation::relu6;
+  if (*name == "gelu") return Activation::gelu;
+  if (*name == "gelu_tanh") return Activation::gelu_tanh;
+  if (*name == "silu") return Activation::silu;
+  STD_TORCH_CHECK(false, "activation must be relu, relu6, gelu, gelu_tanh or silu, got ", *name);
+}
+
+// channels_last if the strides say so; the twin of memory_format_of in fastconv/ops/_operator.py.
+inline MemoryFormat memory_format_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  if (strides[1] == 0) return MemoryFormat::Contiguous;
+  int64_t smallest = 0;
+  for (const int dim : {1, 3, 2, 0}) {
+    if (sizes[dim] == 0 || strides[dim] < smallest) return MemoryFormat::Contiguous;
+    if (dim == 0 && smallest == strides[1]) return MemoryFormat::Contiguous;
+    smallest = strides[dim] * sizes[dim];
+  }
+  return MemoryFormat::ChannelsLast;
+}
+
+inline bool is_dense(const Tensor& tensor, MemoryFormat format) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const int orders[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
+  int64_t expected = 1;
+  for (const int dim : orders[format == MemoryFormat::ChannelsLast]) {
+    if (sizes[dim] != 1 && strides[dim] != expected) return false;
+    expected *= sizes[dim];
+  }
+  return true;
+}
+
+// The tensor itself where it lies as asked, else a copy that does.
+inline Tensor as_format(const Tensor& tensor, MemoryFormat format) {
+  return is_dense(tensor, format) ? tensor : torch::stable::contiguous(tensor, format);
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Tensor new_tensor(const Integers& sizes, const Tensor& like,
+                         MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+}
+
+// PyTorch's threads, for a kernel's ParallelFor: one range of indices for each thread.
+inline void torch_threads(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (count <= 1) return body(0, count, context);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+}
+
+#if defined(FASTCONV_WITH_CUDA)
+inline void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+using DeviceGuard = torch::stable::accelerator::DeviceGuard;
+#endif
+
+}  // namespace fastconv

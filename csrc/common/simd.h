@@ -1,0 +1,162 @@
+// One vector type for every instruction set, on the compiler's vector extension: a + b, a * b work on it, and
+// a * b + c becomes a fused multiply-add. Loads and stores convert from and to the storage types.
+#pragma once
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "activation.h"
+#include "types.h"
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+template <typename A>  // A: float or double
+struct VectorType {
+  typedef A type __attribute__((vector_size(vector_bytes)));
+};
+template <typename A>
+using Vector = typename VectorType<A>::type;
+template <typename A>
+constexpr int lanes_of = vector_bytes / int(sizeof(A));
+
+template <typename A>
+inline Vector<A> broadcast(A value) {
+  return Vector<A>{} + value;
+}
+
+inline Vector<float> load_vector(const float* source) {
+  Vector<float> value;
+  __builtin_memcpy(&value, source, sizeof(value));
+  return value;
+}
+
+inline Vector<double> load_vector(const double* source) {
+  Vector<double> value;
+  __builtin_memcpy(&value, source, sizeof(value));
+  return value;
+}
+
+inline Vector<float> load_vector(const BFloat16* source) {
+  constexpr int lanes = lanes_of<float>;
+  typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
+  typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
+  Halves halves;
+  __builtin_memcpy(&halves, source, sizeof(halves));
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  static_assert(sizeof(Halves) == lanes * sizeof(BFloat16));
+  return (Vector<float>)words;
+}
+
+inline Vector<float> load_vector(const Float16* source) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__F16C__)
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+  Vector<float> value;
+  for (int lane = 0; lane < lanes_of<float>; ++lane) value[lane] = load(source[lane]);
+  return value;
+#endif
+}
+
+inline void store_vector(float* target, Vector<float> value) { __builtin_memcpy(target, &value, sizeof(value)); }
+inline void store_vector(double* target, Vector<double> value) { __builtin_memcpy(target, &value, sizeof(value)); }
+
+inline void store_vector(BFloat16* target, Vector<float> value) {
+  typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
+  typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
+  const Words words = (Words)value;
+  const Words rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+  const Words quiet = (words >> 16) | 0x40;
+  const Words is_nan = (Words)((words & 0x7fffffff) > 0x7f800000);
+  const Halves halves = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), Halves);
+  __builtin_memcpy(target, &halves, sizeof(halves));
+}
+
+inline void store_vector(Float16* target, Vector<float> value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
+                      _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
+                   _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int lane = 0; lane < lanes_of<float>; ++lane) store(&target[lane], value[lane]);
+#endif
+}
+
+// Swaps lanes and vectors: rows[i][k] <-> rows[k][i]; log2(lanes) rounds of two-source shuffles.
+template <typename A>
+inline void transpose(Vector<A> (&rows)[lanes_of<A>]) {
+  constexpr int lanes = lanes_of<A>;
+  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(vector_bytes)));
+#pragma GCC unroll 8
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    Indices low, high;  // index lanes + k means lane k of the second vector
+#pragma GCC unroll 16
+    for (int k = 0; k < lanes; ++k) {
+      low[k] = (k & distance) ? lanes + k - distance : k;
+      high[k] = (k & distance) ? lanes + k : k + distance;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & distance) continue;
+      const Vector<A> first = rows[i], second = rows[i + distance];
+      rows[i] = __builtin_shuffle(first, second, low);
+      rows[i + distance] = __builtin_shuffle(first, second, high);
+    }
+  }
+}
+
+// e^x to 2 units in the last place: 2^n * p(r), r = x - n ln 2, p a Taylor polynomial of degree 6 on |r| < 0.35.
+inline Vector<float> exponential(Vector<float> x) {
+  typedef int32_t Words __attribute__((vector_size(vector_bytes)));
+  const Vector<float> low = broadcast(-87.0f), high = broadcast(88.0f);
+  const auto overflows = x > high;
+  x = x < low ? low : x;
+  x = overflows ? high : x;
+  const Vector<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector<float> shifted = x * 1.44269504f + magic;
+  const Vector<float> n = shifted - magic;
+  const Vector<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vector<float> p = broadcast(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Words exponent = ((Words)shifted - (Words)magic) << 23;
+  return overflows ? broadcast(bits_to_float(0x7f800000)) : (Vector<float>)((Words)p + exponent);
+}
+
+template <typename A>
+inline Vector<A> activate_vector(Vector<A> x, Activation activation) {
+  const Vector<A> zero = broadcast(A(0));
+  if (activation == Activation::none) return x;
+  if (activation == Activation::relu) return x < zero ? zero : x;
+  if (activation == Activation::relu6) {
+    const Vector<A> six = broadcast(A(6));
+    x = x < zero ? zero : x;
+    return x > six ? six : x;
+  }
+  if constexpr (std::is_same_v<A, float>) {
+    if (activation == Activation::silu) return x / (1.0f + exponential(-x));
+    if (activation == Activation::gelu_tanh)  // 0.5 (1 + tanh(u)) = sigmoid(2u)
+      return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));
+  }
+  for (int lane = 0; lane < lanes_of<A>; ++lane) x[lane] = activate(A(x[lane]), activation);
+  return x;
+}
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY

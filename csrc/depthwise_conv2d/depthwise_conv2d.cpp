@@ -1,0 +1,232 @@
+// Binds the depthwise kernels to torch.ops.fastconv: the C++ kernels to CPU tensors, the CUDA kernels to CUDA
+// tensors, and, where FASTCONV_EMULATOR is defined, the emulated CUDA kernels to the CPU overload ".emulator".
+#include "depthwise_conv2d.h"
+
+#include <tuple>
+
+#include "../common/binding.h"
+
+namespace fastconv {
+namespace {
+
+DepthwiseConv2dShape make_shape(const Tensor& input, const Tensor& weight, const Integers& stride,
+                                const Integers& padding, const Integers& dilation) {
+  check_rank(input, 4, "input");
+  check_rank(weight, 4, "weight");
+  check_like(weight, input, "weight");
+  check_integers(stride, 2, 1, "stride");
+  check_integers(padding, 4, 0, "padding");
+  check_integers(dilation, 2, 1, "dilation");
+  DepthwiseConv2dShape shape{};
+  shape.batch = input.size(0);
+  shape.in_channels = input.size(1);
+  shape.in_height = input.size(2);
+  shape.in_width = input.size(3);
+  shape.out_channels = weight.size(0);
+  shape.kernel_height = weight.size(2);
+  shape.kernel_width = weight.size(3);
+  shape.stride_height = stride[0];
+  shape.stride_width = stride[1];
+  shape.padding_top = padding[0];
+  shape.padding_left = padding[2];
+  shape.dilation_height = dilation[0];
+  shape.dilation_width = dilation[1];
+  check_size(weight, 1, 1, "weight");
+  STD_TORCH_CHECK(shape.kernel_height > 0 && shape.kernel_width > 0, "weight must have at least one tap");
+  STD_TORCH_CHECK(shape.in_channels > 0 ? shape.out_channels % shape.in_channels == 0 : shape.out_channels == 0,
+                  "weight must have a multiple of input's ", shape.in_channels, " channels, got ",
+                  shape.out_channels);
+  shape.out_height = output_size(shape.in_height, shape.kernel_height, stride[0], padding[0] + padding[1],
+                                 dilation[0]);
+  shape.out_width = output_size(shape.in_width, shape.kernel_width, stride[1], padding[2] + padding[3],
+                                dilation[1]);
+  shape.channels_last = memory_format_of(input) == MemoryFormat::ChannelsLast;
+  return shape;
+}
+
+MemoryFormat format_of(const DepthwiseConv2dShape& shape) {
+  return shape.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+std::string chosen(const std::optional<std::string>& algorithm, const char* otherwise) {
+  return algorithm ? *algorithm : std::string(otherwise);
+}
+
+// One backend's kernels, each called with its element type.
+struct Cpu {
+  template <typename T>
+  static void forward(const std::optional<std::string>& algorithm, const T* input, const T* weight, const T* bias,
+                      T* output, const DepthwiseConv2dShape& shape, Activation activation, const Tensor&) {
+    const std::string name = chosen(algorithm, "vectorized");
+    if (name == "vectorized") {
+      FASTCONV_CALL_CPU(depthwise_conv2d_vectorized_forward_cpu<T>(input, weight, bias, output, shape, activation,
+                                                                   torch_threads));
+    } else if (name == "row_blocked") {
+      FASTCONV_CALL_CPU(depthwise_conv2d_row_blocked_forward_cpu<T>(input, weight, bias, output, shape,
+                                                                    activation, torch_threads));
+    } else {
+      STD_TORCH_CHECK(name == "plain", "algorithm must be vectorized, row_blocked or plain, got ", name);
+      FASTCONV_CALL_CPU(depthwise_conv2d_plain_forward_cpu<T>(input, weight, bias, output, shape, activation,
+                                                              torch_threads));
+    }
+  }
+
+  template <typename T>
+  static void backward(const std::optional<std::string>& algorithm, const T* grad_output, const T* input,
+                       const T* weight, T* grad_input, T* grad_weight, T* grad_bias,
+                       const DepthwiseConv2dShape& shape, const Tensor&) {
+    const std::string name = chosen(algorithm, "vectorized");
+    STD_TORCH_CHECK(name == "vectorized" || name == "row_blocked" || name == "plain",
+                    "algorithm must be vectorized, row_blocked or plain, got ", name);
+#define FASTCONV_BACKWARD(variant)                                                                            \
+  if (grad_input)                                                                                             \
+    FASTCONV_CALL_CPU(depthwise_conv2d_##variant##_grad_input_cpu<T>(grad_output, weight, grad_input, shape,  \
+                                                                     torch_threads));                         \
+  if (grad_weight)                                                                                              \
+    FASTCONV_CALL_CPU(depthwise_conv2d_##variant##_grad_weight_cpu<T>(grad_output, input, grad_weight,        \
+                                                                      grad_bias, shape, torch_threads));
+    if (name == "vectorized") {
+      FASTCONV_BACKWARD(vectorized)
+    } else if (name == "row_blocked") {
+      FASTCONV_BACKWARD(row_blocked)
+    } else {
+      FASTCONV_BACKWARD(plain)
+    }
+#undef FASTCONV_BACKWARD
+  }
+};
+
+#if defined(FASTCONV_WITH_CUDA) || defined(FASTCONV_EMULATOR)
+struct Cuda {
+#if defined(FASTCONV_EMULATOR)
+  static void* stream_of(const Tensor&) { return nullptr; }
+#else
+  static void* stream_of(const Tensor& tensor) { return current_stream(tensor); }
+#endif
+
+  static bool is_tiled(const std::optional<std::string>& algorithm) {
+    const std::string name = chosen(algorithm, "tiled");
+    STD_TORCH_CHECK(name == "tiled" || name == "plain", "algorithm must be tiled or plain, got ", name);
+    return name == "tiled";
+  }
+
+  template <typename T>
+  static void forward(const std::optional<std::string>& algorithm, const T* input, const T* weight, const T* bias,
+                      T* output, const DepthwiseConv2dShape& shape, Activation activation, const Tensor& tensor) {
+    const auto kernel =
+        is_tiled(algorithm) ? depthwise_conv2d_tiled_forward_cuda<T> : depthwise_conv2d_plain_forward_cuda<T>;
+    kernel(input, weight, bias, output, shape, activation, stream_of(tensor));
+  }
+
+  template <typename T>
+  static void backward(const std::optional<std::string>& algorithm, const T* grad_output, const T* input,
+                       const T* weight, T* grad_input, T* grad_weight, T* grad_bias,
+                       const DepthwiseConv2dShape& shape, const Tensor& tensor) {
+    const bool tiled = is_tiled(algorithm);
+    if (grad_input) {
+      const auto kernel =
+          tiled ? depthwise_conv2d_tiled_grad_input_cuda<T> : depthwise_conv2d_plain_grad_input_cuda<T>;
+      kernel(grad_output, weight, grad_input, shape, stream_of(tensor));
+    }
+    if (grad_weight) {
+      const Tensor workspace = torch::stable::empty(
+          {depthwise_conv2d_grad_weight_workspace(shape)},
+          std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float, std::nullopt, tensor.device());
+      const auto kernel =
+          tiled ? depthwise_conv2d_tiled_grad_weight_cuda<T> : depthwise_conv2d_plain_grad_weight_cuda<T>;
+      kernel(grad_output, input, grad_weight, grad_bias, mutable_data<accumulate_t<T>>(workspace), shape,
+             stream_of(tensor));
+    }
+  }
+};
+#endif
+
+template <typename Backend>
+Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, Integers stride, Integers padding,
+               Integers dilation, std::optional<std::string> activation, std::optional<std::string> algorithm) {
+  const DepthwiseConv2dShape shape = make_shape(input, weight, stride, padding, dilation);
+  if (bias) {
+    check_rank(*bias, 1, "bias");
+    check_size(*bias, 0, shape.out_channels, "bias");
+    check_like(*bias, input, "bias");
+    bias = as_contiguous(*bias);
+  }
+  const Activation parsed = parse_activation(activation);
+  const Tensor output = new_tensor({shape.batch, shape.out_channels, shape.out_height, shape.out_width}, input,
+                                   format_of(shape));
+  if (output.numel() == 0) return output;
+  input = as_format(input, format_of(shape));
+  weight = as_contiguous(weight);
+#if defined(FASTCONV_WITH_CUDA)
+  std::optional<DeviceGuard> guard;
+  if (input.is_cuda()) guard.emplace(input.get_device_index());
+#endif
+  dispatch_dtype(input, "input", [&](auto element) {
+    using T = decltype(element);
+    Backend::forward(algorithm, const_data<T>(input), const_data<T>(weight), const_data<T>(bias),
+                     mutable_data<T>(output), shape, parsed, input);
+  });
+  return output;
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Tensor weight, Integers stride,
+                                            Integers padding, Integers dilation,
+                                            std::optional<std::string> algorithm, bool need_input,
+                                            bool need_weight, bool need_bias) {
+  const DepthwiseConv2dShape shape = make_shape(input, weight, stride, padding, dilation);
+  check_rank(grad_output, 4, "grad_output");
+  check_like(grad_output, input, "grad_output");
+  const int64_t expected[] = {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
+  for (int dim = 0; dim < 4; ++dim) check_size(grad_output, dim, expected[dim], "grad_output");
+
+  const Integers nothing = {0};
+  const auto sizes = [](const Tensor& tensor) {
+    return Integers(tensor.sizes().begin(), tensor.sizes().end());
+  };
+  const Tensor grad_input = new_tensor(need_input ? sizes(input) : nothing, input,
+                                       need_input ? format_of(shape) : MemoryFormat::Contiguous);
+  const bool weight_pass = need_weight || need_bias;  // one pass over grad_output serves both
+  const Tensor grad_weight = new_tensor(weight_pass ? sizes(weight) : nothing, input);
+  const Tensor grad_bias = new_tensor(need_bias ? Integers{shape.out_channels} : nothing, input);
+  if (grad_output.numel() == 0) {  // no outputs: nothing flows back
+    for (Tensor tensor : {grad_input, grad_weight, grad_bias}) torch::stable::zero_(tensor);
+    return {grad_input, need_weight ? grad_weight : new_tensor(nothing, input), grad_bias};
+  }
+  grad_output = as_format(grad_output, format_of(shape));
+  input = as_format(input, format_of(shape));
+  weight = as_contiguous(weight);
+#if defined(FASTCONV_WITH_CUDA)
+  std::optional<DeviceGuard> guard;
+  if (input.is_cuda()) guard.emplace(input.get_device_index());
+#endif
+  dispatch_dtype(input, "input", [&](auto element) {
+    using T = decltype(element);
+    Backend::backward(algorithm, const_data<T>(grad_output), const_data<T>(input), const_data<T>(weight),
+                      need_input ? mutable_data<T>(grad_input) : nullptr,
+                      weight_pass ? mutable_data<T>(grad_weight) : nullptr,
+                      need_bias ? mutable_data<T>(grad_bias) : nullptr, shape, input);
+  });
+  return {grad_input, need_weight ? grad_weight : new_tensor(nothing, input), grad_bias};
+}
+
+}  // namespace
+}  // namespace fastconv
+
+#if defined(FASTCONV_EMULATOR)
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) {
+  library.impl("depthwise_conv2d.emulator", TORCH_BOX(&fastconv::forward<fastconv::Cuda>));
+  library.impl("depthwise_conv2d_backward.emulator", TORCH_BOX(&fastconv::backward<fastconv::Cuda>));
+}
+#else
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) {
+  library.impl("depthwise_conv2d", TORCH_BOX(&fastconv::forward<fastconv::Cpu>));
+  library.impl("depthwise_conv2d_backward", TORCH_BOX(&fastconv::backward<fastconv::Cpu>));
+}
+#if defined(FASTCONV_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CUDA, library) {
+  library.impl("depthwise_conv2d", TORCH_BOX(&fastconv::forward<fastconv::Cuda>));
+  library.impl("depthwise_conv2d_backward", TORCH_BOX(&fastconv::backward<fastconv::Cuda>));
+}
+#endif
+#endif

@@ -1,0 +1,203 @@
+// Depthwise convolution, C++, vectorized: grad_weight and grad_bias.
+//
+// Computes  gw[i, j] = sum over n, e, f of gy[n, e, f] * x[n, e*s + i*d - p, f*s + j*d - p], a channel in each lane.
+// One inner step: 8 (or 7) pixels of a row of gy in registers, and a row of sums; each pixel of x is loaded once and
+//   multiplied with every gy that it meets: K + 15 loads for 8 K multiply-adds.
+// Bytes: x + gy once for every block of channels, each read where it lies (channels_last) or through a tile.
+// Threads share no sums: an item is a block of channels and a slice of the rows of the batch; the slices' sums are
+//   added in a fixed order, so the result has the same bits for any number of threads.
+// Limits: the number of slices, and with it the order of additions, depends on the shape.
+#include <vector>
+
+#include "depthwise_conv2d_vectorized_cpu.h"
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+namespace {
+
+template <typename A>
+struct Rows {
+  const A* grad;   // row e of gy, pixel 0
+  const A* input;  // row e*s + i*d - p of x, pixel 0
+  int64_t grad_pixel_stride, input_pixel_stride;
+  int64_t columns, in_width;  // pixels in the rows
+  int64_t stride, dilation, left;
+};
+
+// sum[j] += gy[f] * x[f*S + j] for P outputs f from `column` and J taps from tap `first_tap`. Two chains of sums
+// where J is small, since a chain of additions into one register takes 4 cycles a link.
+template <int J, int S, int P, bool Edge, typename A>
+inline __attribute__((always_inline)) void add_products(Vector<A> (&sum)[2][J], const Rows<A>& rows, int64_t column,
+                                                        int64_t first_tap) {
+  Vector<A> grad[P];
+#pragma GCC unroll 8
+  for (int f = 0; f < P; ++f) grad[f] = load_vector(rows.grad + (column + f) * rows.grad_pixel_stride);
+  const int64_t first = column * rows.stride + first_tap * rows.dilation - rows.left;
+  const A* input = rows.input + first * rows.input_pixel_stride;
+  if constexpr (S == 0) {  // any stride or dilation, one tap
+    static_assert(J == 1);
+#pragma GCC unroll 8
+    for (int f = 0; f < P; ++f) {
+      const int64_t offset = f * rows.stride;
+      if (Edge && uint64_t(first + offset) >= uint64_t(rows.in_width)) continue;
+      sum[f % 2][0] += grad[f] * load_vector(input + offset * rows.input_pixel_stride);
+    }
+    return;
+  }
+#pragma GCC unroll 32
+  for (int p = 0; S > 0 && p < (P - 1) * S + J; ++p) {
+    if (S > J && p % S >= J) continue;
+    if (Edge && uint64_t(first + p) >= uint64_t(rows.in_width)) continue;
+    const Vector<A> x = load_vector(input + p * rows.input_pixel_stride);
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      constexpr int step = S > 0 ? S : 1;
+      if (p >= j && (p - j) % step == 0 && (p - j) / step < P) {
+        const int f = (p - j) / step;
+        sum[J <= 4 ? f % 2 : 0][j] += grad[f] * x;
+      }
+    }
+  }
+}
+
+// J taps of one row of the filter, over all columns.
+template <int J, int S, int P, typename A>
+void add_row(A* sums, const Rows<A>& rows, int64_t first_tap) {
+  constexpr int L = lanes_of<A>;
+  Vector<A> sum[2][J];
+  for (int j = 0; j < J; ++j) sum[0][j] = load_vector(sums + (first_tap + j) * L), sum[1][j] = Vector<A>{};
+  const int64_t span = (J - 1) * rows.dilation;
+  const int64_t shift = rows.left - first_tap * rows.dilation;  // column f reads x from f * stride - shift
+  // Columns that meet any pixel of x, and those that meet only pixels of x.
+  const int64_t begin = shift - span > 0 ? (shift - span + rows.stride - 1) / rows.stride : 0;
+  const int64_t last = rows.in_width - 1 + shift;
+  const int64_t end = last < 0 ? 0 : std::min(rows.columns, last / rows.stride + 1);
+  const int64_t inner_begin = shift > 0 ? (shift + rows.stride - 1) / rows.stride : 0;
+  const int64_t inner_last = last - span;
+  const int64_t inner_end = inner_last < 0 ? 0 : inner_last / rows.stride + 1;
+  int64_t column = begin;
+  for (; column + P <= end; column += P) {
+    if (column >= inner_begin && column + P <= inner_end)
+      add_products<J, S, P, false, A>(sum, rows, column, first_tap);
+    else
+      add_products<J, S, P, true, A>(sum, rows, column, first_tap);
+  }
+  for (; column < end; ++column) add_products<J, S, 1, true, A>(sum, rows, column, first_tap);
+  for (int j = 0; j < J; ++j) store_vector(sums + (first_tap + j) * L, sum[0][j] + sum[1][j]);
+}
+
+template <int S, int P, typename A>
+void add_filter_row(A* sums, const Rows<A>& rows, int64_t taps) {
+  if constexpr (S == 0) {
+    for (int64_t j = 0; j < taps; ++j) add_row<1, 0, P, A>(sums, rows, j);
+    return;
+  } else {
+    if (taps == 3) return add_row<3, S, P, A>(sums, rows, 0);
+    if (taps == 5) return add_row<5, S, P, A>(sums, rows, 0);
+    int64_t j = 0;
+    for (; j + 7 <= taps; j += 7) add_row<7, S, P, A>(sums, rows, j);
+    for (; j + 3 <= taps; j += 3) add_row<3, S, P, A>(sums, rows, j);
+    for (; j < taps; ++j) add_row<1, S, P, A>(sums, rows, j);
+  }
+}
+
+template <typename A>
+using FilterRowKernel = void (*)(A* sums, const Rows<A>& rows, int64_t taps);
+
+template <int P, typename A>
+FilterRowKernel<A> choose_filter_row_kernel(const DepthwiseConv2dShape& s) {
+  if (s.dilation_width == 1 && s.stride_width == 1) return add_filter_row<1, P, A>;
+  if (s.dilation_width == 1 && s.stride_width == 2) return add_filter_row<2, P, A>;
+  return add_filter_row<0, P, A>;
+}
+
+}  // namespace
+
+template <typename T>
+void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
+                                                 const DepthwiseConv2dShape& s, ParallelFor threads) {
+  using A = accumulate_t<T>;
+  constexpr int64_t L = lanes_of<A>;
+  const int64_t taps = s.kernel_height * s.kernel_width, sums_of_block = (taps + 1) * L;  // the last is the bias
+  const int64_t multiplier = s.multiplier();
+  const bool in_place = std::is_same_v<T, A> && s.channels_last && s.out_channels >= L && multiplier == 1;
+  const int64_t blocks = (s.out_channels + L - 1) / L;
+
+  // Slices of the rows of the whole batch: enough for many threads, few enough that their sums stay small.
+  const int64_t rows = s.batch * s.out_height;
+  const int64_t most = std::max<int64_t>((1 << 20) / (blocks * sums_of_block * int64_t(sizeof(A))), 1);
+  const int64_t slices = std::clamp<int64_t>(256 / blocks, 1, std::min(most, std::max<int64_t>(rows / 4, 1)));
+  const int64_t slice_rows = (rows + slices - 1) / slices;
+  // A tile holds a part of a slice: rows of one image that fit the cache.
+  const int64_t row_bytes = int64_t(sizeof(A)) * L * (s.out_width + s.in_width * s.stride_height);
+  const int64_t part_rows = std::clamp<int64_t>((384 << 10) / row_bytes, 1, s.out_height);
+  const int64_t part_in_rows = std::min(
+      s.in_height, (part_rows - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1);
+  const auto kernel = s.out_width % 8 != 0 && s.out_width % 7 == 0 ? choose_filter_row_kernel<7, A>(s)
+                                                                    : choose_filter_row_kernel<8, A>(s);
+
+  Scratch<A> partial(blocks * slices * sums_of_block);
+  parallel_for(threads, blocks * slices, [&](int64_t begin, int64_t end) {
+    Scratch<A> in_tile(in_place ? 0 : part_in_rows * s.in_width * L);
+    Scratch<A> grad_tile(in_place ? 0 : part_rows * s.out_width * L);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item / slices, slice = item % slices;
+      const int64_t start = in_place ? block_start(block, s.out_channels, L) : block * L;
+      const int64_t count = std::min(L, s.out_channels - start);
+      A* sums = partial.data() + item * sums_of_block;
+      std::fill(sums, sums + sums_of_block, A(0));
+      const int64_t row_end = std::min((slice + 1) * slice_rows, rows);
+      for (int64_t row = slice * slice_rows; row < row_end;) {
+        const int64_t n = row / s.out_height, e_begin = row % s.out_height;
+        const int64_t e_end = std::min({e_begin + part_rows, s.out_height, e_begin + row_end - row});
+        row += e_end - e_begin;
+        const int64_t low = std::clamp<int64_t>(e_begin * s.stride_height - s.padding_top, 0, s.in_height);
+        const int64_t high = std::clamp<int64_t>((e_end - 1) * s.stride_height - s.padding_top +
+                                                     (s.kernel_height - 1) * s.dilation_height + 1,
+                                                 low, s.in_height);
+        const Image<const T> x{input + n * s.in_channels * s.in_height * s.in_width, s.in_channels, s.in_height,
+                               s.in_width, s.channels_last};
+        const Image<const T> gy{grad_output + n * s.out_channels * s.out_height * s.out_width, s.out_channels,
+                                s.out_height, s.out_width, s.channels_last};
+        const Block<const A> x_block =
+            read_block<T, A>(x, Lanes{start, 1, multiplier, 0}, count, low, high, in_tile.data());
+        const Block<const A> gy_block = read_block<T, A>(gy, Lanes{start}, count, e_begin, e_end, grad_tile.data());
+        for (int64_t e = e_begin; e < e_end; ++e) {
+          Rows<A> pair{gy_block.data + e * gy_block.row_stride, nullptr, gy_block.pixel_stride, x_block.pixel_stride,
+                       s.out_width, s.in_width, s.stride_width, s.dilation_width, s.padding_left};
+          for (int64_t i = 0; i < s.kernel_height; ++i) {
+            const int64_t h = e * s.stride_height + i * s.dilation_height - s.padding_top;
+            if (h < 0 || h >= s.in_height) continue;
+            pair.input = x_block.data + h * x_block.row_stride;
+            kernel(sums + i * s.kernel_width * L, pair, s.kernel_width);
+          }
+          if (grad_bias) {
+            Vector<A> sum = load_vector(sums + taps * L);
+            for (int64_t f = 0; f < s.out_width; ++f) sum += load_vector(pair.grad + f * pair.grad_pixel_stride);
+            store_vector(sums + taps * L, sum);
+          }
+        }
+      }
+    }
+  });
+
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t start = in_place ? block_start(block, s.out_channels, L) : block * L;
+    A* total = partial.data() + block * slices * sums_of_block;
+    for (int64_t slice = 1; slice < slices; ++slice)
+      for (int64_t k = 0; k < sums_of_block; ++k) total[k] += total[slice * sums_of_block + k];
+    for (int64_t lane = 0; lane < std::min(L, s.out_channels - start); ++lane) {
+      for (int64_t t = 0; t < taps; ++t) store(&grad_weight[(start + lane) * taps + t], total[t * L + lane]);
+      if (grad_bias) store(&grad_bias[start + lane], total[taps * L + lane]);
+    }
+  }
+}
+
+#define FASTCONV_INSTANTIATE(T)                                 \
+  template void depthwise_conv2d_vectorized_grad_weight_cpu<T>( \
+      const T*, const T*, T*, T*, const DepthwiseConv2dShape&, ParallelFor);
+FASTCONV_INSTANTIATE(float)
+FASTCONV_INSTANTIATE(double)
+FASTCONV_INSTANTIATE(BFloat16)
+FASTCONV_INSTANTIATE(Float16)
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY
