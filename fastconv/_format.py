@@ -1,0 +1,46 @@
+"""How tables and numbers are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def count(number: float) -> str:
+    """Such as 569 M: three digits and a unit."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}"
+    return f"{number:.3g}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.3f}"
+
+
+def shape(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text, the columns as wide as they need to be."""
+    lines = [list(columns), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def rich_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[str] = ()
+) -> Any:
+    """A ``rich.table.Table``; numbers stand to the right, the last row below a line is the sum."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, header_style="bold", title_justify="left", box=SIMPLE_HEAD)
+    for column in columns:
+        left = column in text_columns
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for index, row in enumerate(rows):
+        table.add_row(*map(Text, row), end_section=index == len(rows) - 2)
+    return table
