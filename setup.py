@@ -140,7 +140,9 @@ class BuildNative(build_ext):
         with_cuda = "-DFASTCONV_WITH_CUDA -DUSE_CUDA" if nvcc else ""
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         capabilities = CPU_CAPABILITIES if x86 else {"portable": ""}
-        operators = sorted(path.parent for path in (ROOT / "csrc").glob("*/*.h") if path.stem == path.parent.name)
+        operators = sorted(
+            folder for folder in (ROOT / "csrc").iterdir() if folder.name not in ("common", "emulator")
+        )
         file = NinjaFile()
 
         def stem(source: Path) -> str:
