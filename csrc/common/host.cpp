@@ -41,13 +41,13 @@ void check(const char* name, bool holds, const char* allowed, const std::string&
   if (!holds) throw std::invalid_argument(std::string(name) + " must be " + allowed + ", got " + got);
 }
 
-// The highest rate of `work` in any of ten windows, all threads together: other programs on the machine can
+// The highest rate of `work` in any of forty windows, all threads together: other programs on the machine can
 // only lower a window's rate. `prepare(thread)` comes first; `work(thread)` returns an amount.
 template <typename Prepare, typename Work>
 double best_rate(int threads, double seconds, const Prepare& prepare, const Work& work) {
   check("threads", threads >= 1 && threads <= 4096, "between 1 and 4096", std::to_string(threads));
   check("seconds", seconds > 0 && seconds <= 60, "above 0 and at most 60", std::to_string(seconds));
-  constexpr int windows = 10;
+  constexpr int windows = 40;
   std::vector<std::vector<double>> rates(threads, std::vector<double>(windows));
   std::vector<std::exception_ptr> errors(threads);
   std::barrier together(threads);
@@ -142,12 +142,12 @@ PYBIND11_MODULE(_host, module) {
              "The instruction sets that this processor can run, the plainest first.");
   module.def("built_with_cuda", &fastconv::built_with_cuda, "Whether the library holds the CUDA kernels.");
   module.def("fma_peak", &fastconv::fma_peak<float>, py::arg("threads"), py::arg("seconds") = 0.2, release(),
-             "FLOP/s of float32 multiply-adds in registers, two for each; the best of ten windows.");
+             "FLOP/s of float32 multiply-adds in registers, two for each; the best of forty windows.");
   module.def("fma_peak_double", &fastconv::fma_peak<double>, py::arg("threads"), py::arg("seconds") = 0.2,
              release(), "The same of float64.");
   module.def(
       "copy_rate", &fastconv::copy_rate, py::arg("bytes"), py::arg("threads"), py::arg("seconds") = 0.2,
       release(),
-      "Bytes/s of a copy that reads and writes `bytes` in all, both counted; the best of ten windows.\n\n"
+      "Bytes/s of a copy that reads and writes `bytes` in all, both counted; the best of forty windows.\n\n"
       "A size that fits the caches measures the caches.");
 }

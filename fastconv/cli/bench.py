@@ -1,0 +1,133 @@
+"""Times an operator's kernels against PyTorch's, in turns, layer by layer of real networks.
+
+Every figure stands beside the machine's limit, which is measured first; a kernel whose result is wrong is
+refused. The same suite runs under pytest-benchmark with: pytest benchmarks/
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("op", nargs="?", help="the operator (default: all that have a benchmark)")
+    add(
+        "--shapes", nargs="+", metavar="NET", help='networks, or layers: "landmarks/144@56 k3" (default: all)'
+    )
+    add("--backends", nargs="+", metavar="NAME", help="only these, such as cpu, emulator, reference")
+    add("--passes", nargs="+", choices=("forward", "backward"), default=("forward", "backward"))
+    add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--batch", type=int, default=4, help="images, where the shape file does not say (default: 4)")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    add("--rounds", type=int, default=20, help="turns of each contender (default: 20)")
+    add("--seconds", type=float, default=3.0, help="longest time for a layer's pass, after three rounds (3)")
+    add("--quick", action="store_true", help="the landmark layers, PyTorch and the library's own choice only")
+    add("--json", type=Path, metavar="FILE", help="write the raw results to this file (one operator)")
+    add("--save", action="store_true", help="write the raw results to benchmarks/results/<device>/")
+    add("--device-name", help="the folder's name there (default: made from the processor's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    suite("harness")
+    from benchmarks import harness, report, results
+
+    console = Console()
+    try:
+        problems_of = {op: _problems(harness, op, args) for op in _operators(harness, args)}
+    except ValueError as error:
+        console.print(f"[red]{error}[/]")
+        return 2
+    if args.json and len(problems_of) > 1:
+        console.print("[red]--json takes one operator; name it, or use --save[/]")
+        return 2
+    ceilings = _ceilings(args, console)
+    refused: list[str] = []
+    for op, (problems, contenders) in problems_of.items():
+        groups = measure(problems, contenders, args.rounds, args.seconds, ceilings, console)
+        result = results.collect(op, groups, ceilings, args.dtype, args.device_name)
+        console.print(report.table(result))
+        if args.json or args.save:
+            console.print(f"raw results: {results.save(result, args.json)}")
+        refused += report.refusals(result)
+    for line in refused:
+        console.print(f"refused: {line}", style="red", markup=False)
+    return 1 if refused else 0
+
+
+def suite(module: str) -> ModuleType:
+    """A module of the checkout's ``benchmarks`` folder, which is no part of an installed package.
+
+    Raises:
+        SystemExit: there is no such folder beside the package or here.
+    """
+    import importlib
+
+    for folder in (Path(__file__).parents[2], Path.cwd()):
+        if (folder / "benchmarks/harness.py").exists():
+            if str(folder) not in sys.path:
+                sys.path.insert(0, str(folder))
+            return importlib.import_module(f"benchmarks.{module}")
+    raise SystemExit(
+        "the benchmarks are in the repository, not in the package: run this in a checkout of fastconv"
+    )
+
+
+def measure(problems, contenders, rounds, seconds, ceilings, console) -> list[dict]:
+    """Measures one problem after the other, under a progress bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    groups = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(problems))
+        for problem in problems:
+            progress.update(task, description=str(problem))
+            groups.append(problem.measure(contenders, rounds=rounds, seconds=seconds, ceilings=ceilings))
+            progress.advance(task)
+    return groups
+
+
+def warn_if_busy(console, threads: int) -> None:
+    """Says when other programs keep the machine from being measured."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load + threads > cores + 0.5 * threads:
+        console.print(f"[yellow]load {load:.1f} on {cores} cores: other programs run, times will be noisy[/]")
+
+
+def _operators(harness: ModuleType, args: argparse.Namespace) -> tuple[str, ...]:
+    return (args.op,) if args.op else harness.operators()
+
+
+def _problems(harness: ModuleType, op: str, args: argparse.Namespace):
+    benchmark = harness.load(op)
+    shapes = args.shapes or (["landmarks"] if args.quick else None)
+    contenders = harness.contenders(op, args.device, backends_wanted=args.backends, quick=args.quick)
+    return [
+        harness.Problem(benchmark, layer, direction, getattr(torch, args.dtype), args.device)
+        for layer in harness.layers(op, shapes, args.batch)
+        for direction in args.passes
+    ], contenders
+
+
+def _ceilings(args: argparse.Namespace, console):
+    from fastconv import ceilings
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    warn_if_busy(console, torch.get_num_threads())
+    found = ceilings.measure(args.device)
+    console.print(
+        f"{found.device} {found.capability}: {found.flops_per_second / 1e9:.0f} GFLOP/s of float32 "
+        f"multiply-adds, {found.bytes_per_second / 1e9:.0f} GB/s of copying"
+    )
+    return found

@@ -1,0 +1,126 @@
+"""Climbs from an operator's definition to its fastest kernel, on one layer: what each step brought.
+
+The steps are the algorithms of every backend that can run here, the plainest first. The emulator and Triton's
+interpreter prove kernels without a GPU and say nothing about their speed: they run on a tiny layer, untimed.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from .bench import suite, warn_if_busy
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("op", help="the operator")
+    add("--layer", help='such as "landmarks/240@28 k5" (default: the operator\'s own)')
+    add("--pass", dest="direction", choices=("forward", "backward"), default="forward")
+    add("--layout", choices=("nchw", "nhwc"), default="nhwc")
+    add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--batch", type=int, default=4, help="images (default: 4)")
+    add("--rounds", type=int, default=20, help="turns of each step (default: 20)")
+    add("--seconds", type=float, default=8.0, help="longest time for all rounds, after three (default: 8)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fastconv import ceilings
+
+    harness = suite("harness")
+    console = Console()
+    try:
+        benchmark = harness.load(args.op)
+        layer = harness.layers(args.op, [args.layer or benchmark.ladder], args.batch)[0]
+    except ValueError as error:
+        console.print(f"[red]{error}[/]")
+        return 2
+    warn_if_busy(console, torch.get_num_threads())
+    dtype = getattr(torch, args.dtype)
+    steps = climb(harness, args.op, args.device, args.layout)
+    problem = harness.Problem(benchmark, layer, args.direction, dtype, args.device)
+    with console.status(f"{problem}, {len(steps)} steps"):
+        limits = ceilings.measure(args.device)
+        group = problem.measure(steps, rounds=args.rounds, seconds=args.seconds, ceilings=limits)
+        group["untimed"] = untimed(harness, benchmark, args, limits)
+    console.print(table(group, limits))
+    return 1 if any(entry["refused"] for entry in group["contenders"] + group["untimed"]) else 0
+
+
+def climb(harness, op: str, device: str, layout: str) -> list:
+    """The definition, then each backend's algorithms, the plainest first; PyTorch's own kernel to compare."""
+    from fastconv import backends
+
+    def steps(name: str) -> list:
+        algorithms = backends.CHOICES[op].algorithms[name] or (None,)
+        return [harness.Contender("fastconv", layout, name, algorithm) for algorithm in reversed(algorithms)]
+
+    timed = [name for name in backends.available(op, device) if name not in (*_not_timed(device), "aten")]
+    compiled = [name for name in timed if name != "reference"]
+    found = steps("reference")
+    for name in compiled:
+        found += steps(name)
+    return [*found, harness.Contender("torch", layout)]
+
+
+def _not_timed(device: str) -> tuple[str, ...]:
+    from fastconv import backends
+
+    interpreted = backends.triton_interpreted() or device == "cpu"
+    return ("emulator", "triton") if interpreted else ("emulator",)
+
+
+def untimed(harness, benchmark, args: argparse.Namespace, limits) -> list[dict]:
+    """The emulated and interpreted kernels, checked on the operator's tiny layer."""
+    from fastconv import backends
+
+    names = [
+        name for name in backends.available(benchmark.op, args.device) if name in _not_timed(args.device)
+    ]
+    steps = [
+        harness.Contender("fastconv", args.layout, name, algorithm)
+        for name in names
+        for algorithm in reversed(backends.CHOICES[benchmark.op].algorithms[name])
+    ]
+    tiny = harness.Layer("tiny", "tiny", benchmark.tiny)
+    problem = harness.Problem(benchmark, tiny, args.direction, getattr(torch, args.dtype), args.device)
+    return problem.check(steps)
+
+
+def table(group: dict, limits):
+    """The ladder for ``rich``: time, speed, share of the limit, and the gain over the step before."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = f"{group['network']}/{group['layer']}, {group['pass']}, {group['dtype']}, {group['sizes']}"
+    caption = (
+        f"limit: {group['floor_seconds'] * 1e3:.3f} ms, set by {group['bound']}; "
+        f"{limits.flops_per_second / 1e9:.0f} GFLOP/s, {limits.bytes_per_second / 1e9:.0f} GB/s, "
+        f"{limits.threads} threads"
+    )
+    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    shown.add_column("step")
+    for name in ("ms", "GFLOP/s", "% of limit", "x step before", "x first"):
+        shown.add_column(name, justify="right")
+    first = before = None
+    for entry in group["contenders"]:
+        if entry["refused"]:
+            shown.add_row(entry["kernel"], f"[red]{entry['refused']}[/]")
+            continue
+        seconds = entry["seconds"]
+        first = first or seconds
+        if entry["side"] == "torch":
+            shown.add_section()
+        gains = ("" if before is None else f"{before / seconds:.2f}", f"{first / seconds:.1f}")
+        speed = (f"{seconds * 1e3:.3f}", f"{entry['gflops']:.1f}", f"{entry['percent_of_limit']:.0f}")
+        shown.add_row(entry["kernel"], *speed, *gains)
+        before = seconds
+    for entry in group["untimed"]:
+        shown.add_row(
+            entry["kernel"], f"[red]{entry['refused']}[/]" if entry["refused"] else "runs, not timed"
+        )
+    return shown
