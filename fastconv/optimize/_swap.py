@@ -43,7 +43,7 @@ def optimize(
     2. every layer is timed against the original in turns, on the input that it met, forward and in training
        mode backward; only winners stay;
     3. the whole model's outputs and gradients are compared with the original's: each tensor within 16 times
-       what rounding errors of the swapped layers' outputs alone cause. If one differs more, all layers go back.
+       what rounding errors of the swapped layers' outputs alone cause. If one differs more, all go back.
 
     Buffers, ``.grad``, training flags and random number generators are left as they were; the model's hooks
     do run. Without ``example_input`` every layer that has a kernel changes hands, unmeasured. A second call

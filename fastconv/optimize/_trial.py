@@ -64,7 +64,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far two models are apart, where it is worst: norm of the difference over norm, and what is allowed."""
+    """How far two models are apart where it is worst: norm of difference over norm, and what is allowed."""
 
     output_error: float
     output_tolerance: float
@@ -210,10 +210,10 @@ def rounding_noise(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def parity(original: Run, noisy: Run, other: Run) -> Parity:
-    """Compares two runs, tensor by tensor; what rounding alone may cause is read off a third, disturbed by it.
+    """Compares two runs tensor by tensor; what rounding alone may cause is read off a third, disturbed by it.
 
-    A tensor may differ by ``SLACK`` times (its difference in the disturbed run + eps): that follows the dtype, and
-    what this network makes of rounding errors. The tensor that comes nearest to its limit is the one reported.
+    A tensor may differ by ``SLACK`` times (its difference in the disturbed run + eps): that follows the
+    dtype, and what this network makes of rounding errors. The tensor nearest to its limit is reported.
     """
     outputs = _worst(original.outputs, noisy.outputs, other.outputs)
     grads = _worst(original.grads, noisy.grads, other.grads) if original.grads else (None, None)
