@@ -1,0 +1,70 @@
+"""What the Triton kernels of every operator share: activations, sum types, launch helpers."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+# Products are added in one rounding, whatever TRITON_DEFAULT_FP_FUSION says.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one, where Triton launches; nothing for CPU tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def sum_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums of a tensor's products are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_memory_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """The tensor itself if the format's last dimension is the fastest in memory, else a copy.
+
+    Kernels take any strides; only the lanes of a warp must not each touch a cache line of their own.
+    """
+    last = 1 if memory_format == torch.channels_last else 3
+    if tensor.stride(last) in (0, 1) or tensor.shape[last] == 1:
+        return tensor
+    return tensor.contiguous(memory_format=memory_format)
+
+
+if INTERPRETED:
+
+    def loop_bound(value):
+        """A kernel's scalar as a bound of ``tl.range``.
+
+        The interpreter keeps scalars as arrays of one element, which NumPy 2.4 no longer takes for integers.
+        """
+        return int(value.handle.data.item()) if isinstance(value, tl.tensor) else value
+
+else:
+
+    @triton.jit
+    def loop_bound(value):
+        return value
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation named, of a float32 or float64 tile; NaN stays NaN."""
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "relu6":
+        x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2u); Triton has no tanh of its own.
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    else:
+        tl.static_assert(ACTIVATION is None, "unknown activation")
+    return x
