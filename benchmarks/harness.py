@@ -226,6 +226,7 @@ class Problem:
         or is wrong is not timed: its ``refused`` says why.
         """
         ceilings = ceilings or measure(self.device)
+        _settle(self.device, contenders)
         inputs, grad_output, expected = self._prepare()
         calls, entries = {}, []
         for contender in contenders:
@@ -372,6 +373,18 @@ class Problem:
         }
 
 
+def _settle(device: str, contenders: Iterable[Contender]) -> None:
+    """PyTorch at its best, and float32 as float32 on both sides: no tf32."""
+    if "cuda" in device:
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+    if any(contender.side == "torch.compile" for contender in contenders):
+        from torch._functorch import config
+
+        config.donated_buffer = False  # the backward pass runs many times on the same saved tensors
+        torch.compiler.reset()  # or the limit of recompilations ends in eager mode, unsaid
+
+
 def tolerance(dtype: torch.dtype, terms: float) -> float:
     """The error allowed of a sum of ``terms`` products, relative to the largest value.
 
@@ -396,13 +409,13 @@ def _add_ratios(entries: list[dict[str, Any]]) -> None:
 class CudaStopwatch:
     """Times calls on a GPU by events, each with a cold L2 cache: first a larger buffer is overwritten."""
 
-    def __init__(self, device: str = "cuda", flush_bytes: int = 2**28) -> None:
+    def __init__(self, device: str = "cuda", flush_bytes: int = 2**30) -> None:
         self.flush = torch.empty(flush_bytes, dtype=torch.int8, device=device)
 
     def __call__(self, call: Callable[[], Any], times: int) -> float:
         events = []
-        for _ in range(min(times, 50)):
-            self.flush.zero_()
+        for _ in range(min(times, 10)):
+            self.flush.zero_()  # also busies the device while the host prepares the launch
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()

@@ -105,7 +105,7 @@ def console(result: dict, width: int = 100) -> str:
 # For README.md.
 
 
-def markdown(results: list[dict]) -> str:
+def markdown(results: list[dict], pictures: bool = True) -> str:
     """What stands between the markers: for each machine its limits, the landmark layers and the networks."""
     if not results:
         return "No results yet: `python -m fastconv bench --save`."
@@ -115,7 +115,7 @@ def markdown(results: list[dict]) -> str:
         parts += [f"### {device}", _machine(of_device[0])]
         for result in of_device:
             parts += [f"**{result['op']}**, {result['dtype']}", _landmarks(result), _networks(result)]
-            parts += [_pictures(result)]
+            parts += [_pictures(result)] if pictures else []
     return "\n\n".join(part for part in parts if part)
 
 

@@ -29,6 +29,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="CPU threads (default: PyTorch's)")
     add("--rounds", type=int, default=20, help="turns of each contender (default: 20)")
     add("--seconds", type=float, default=3.0, help="longest time for a layer's pass, after three rounds (3)")
+    add("--within", type=float, metavar="SECONDS", help="stop after this long, with what is measured by then")
+    add("--peers", nargs="+", choices=("torch", "torch.compile"), default=("torch",), help="compare with")
     add("--quick", action="store_true", help="the landmark layers, PyTorch and the library's own choice only")
     add("--json", type=Path, metavar="FILE", help="write the raw results to this file (one operator)")
     add("--save", action="store_true", help="write the raw results to benchmarks/results/<device>/")
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     ceilings = _ceilings(args, console)
     refused: list[str] = []
     for op, (problems, contenders) in problems_of.items():
-        groups = measure(problems, contenders, args.rounds, args.seconds, ceilings, console)
+        groups = measure(problems, contenders, args, ceilings, console)
         result = results.collect(op, groups, ceilings, args.dtype, args.device_name)
         console.print(report.table(result))
         if args.json or args.save:
@@ -82,18 +84,27 @@ def suite(module: str) -> ModuleType:
     )
 
 
-def measure(problems, contenders, rounds, seconds, ceilings, console) -> list[dict]:
-    """Measures one problem after the other, under a progress bar."""
+def measure(problems, contenders, args: argparse.Namespace, ceilings, console) -> list[dict]:
+    """Measures one problem after the other, under a progress bar, as long as ``--within`` allows."""
+    import time
+
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    groups = []
+    groups, start = [], time.perf_counter()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(problems))
         for problem in problems:
             progress.update(task, description=str(problem))
-            groups.append(problem.measure(contenders, rounds=rounds, seconds=seconds, ceilings=ceilings))
+            groups.append(
+                problem.measure(contenders, rounds=args.rounds, seconds=args.seconds, ceilings=ceilings)
+            )
             progress.advance(task)
+            if args.within and time.perf_counter() - start > args.within:
+                console.print(
+                    f"stopped after {len(groups)} of {len(problems)} passes: --within {args.within:g}"
+                )
+                break
     return groups
 
 
@@ -111,7 +122,9 @@ def _operators(harness: ModuleType, args: argparse.Namespace) -> tuple[str, ...]
 def _problems(harness: ModuleType, op: str, args: argparse.Namespace):
     benchmark = harness.load(op)
     shapes = args.shapes or (["landmarks"] if args.quick else None)
-    contenders = harness.contenders(op, args.device, backends_wanted=args.backends, quick=args.quick)
+    contenders = harness.contenders(
+        op, args.device, backends_wanted=args.backends, peers=args.peers, quick=args.quick
+    )
     return [
         harness.Problem(benchmark, layer, direction, getattr(torch, args.dtype), args.device)
         for layer in harness.layers(op, shapes, args.batch)
