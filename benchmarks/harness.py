@@ -348,8 +348,9 @@ class Problem:
         inside = self.benchmark.macs_inside(self.layer.sizes)
         if self.direction == "forward":
             flops, flops_inside, nbytes = 2 * self.macs, 2 * inside, tensors + output
-        else:  # one gradient for each factor of the product
-            flops, flops_inside, nbytes = 4 * self.macs, 4 * inside, 2 * tensors + output
+        else:  # one gradient for each factor of the products; where nothing is multiplied, none is read
+            read = tensors if self.macs else 0
+            flops, flops_inside, nbytes = 4 * self.macs, 4 * inside, read + tensors + output
         return {
             "flops": flops,
             "flops_inside": flops_inside,
