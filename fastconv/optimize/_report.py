@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -92,6 +92,14 @@ class Report:
             except RuntimeError:
                 return None
         return self.ceilings
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        layers = [
+            {**asdict(row), "dtype": str(row.dtype).removeprefix("torch."), "speedup": row.speedup}
+            for row in self.rows
+        ]
+        return {"layers": layers, "parity": None if self.parity is None else asdict(self.parity)}
 
     def columns(self) -> list[str]:
         return [

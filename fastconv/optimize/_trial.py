@@ -64,23 +64,26 @@ class Run:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far two models are apart where it is worst: norm of difference over norm, and what is allowed."""
+    """How far two models are apart.
+
+    Attributes:
+        output_error, gradient_error: norm of the difference over the norm, all outputs, or all gradients, as
+            one vector; ``gradient_error`` is None if nothing takes a gradient.
+        share: of what rounding explains, see :func:`parity`; of the output or gradient where it is largest.
+    """
 
     output_error: float
-    output_tolerance: float
-    gradient_error: float | None  # None: nothing in the model takes a gradient
-    gradient_tolerance: float | None
+    gradient_error: float | None
+    share: float
 
     @property
     def holds(self) -> bool:
-        outputs = self.output_error <= self.output_tolerance
-        return outputs and (self.gradient_error is None or self.gradient_error <= self.gradient_tolerance)
+        return self.share <= 1
 
     def __str__(self) -> str:
-        text = f"outputs differ by {self.output_error:.1e} (allowed {self.output_tolerance:.1e})"
-        if self.gradient_error is not None:
-            text += f", gradients by {self.gradient_error:.1e} (allowed {self.gradient_tolerance:.1e})"
-        return text
+        gradients = "" if self.gradient_error is None else f", gradients by {self.gradient_error:.1e}"
+        share = f"{100 * self.share:.0f} % of what rounding explains"
+        return f"outputs differ by {self.output_error:.1e}{gradients}; no tensor by more than {share}"
 
 
 def copies(tree: Any) -> Any:
@@ -90,6 +93,11 @@ def copies(tree: Any) -> Any:
 
 def floats(tree: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def output_tensors(result: Any) -> list[torch.Tensor]:
+    """The floating-point tensors of a model's result: a tensor, a structure, or an object with attributes."""
+    return floats(result) or floats(getattr(result, "__dict__", None))
 
 
 @contextlib.contextmanager
@@ -129,7 +137,7 @@ def run(model: nn.Module, example_input: Any) -> Run:
             result = model(**input)
         else:
             result = model(input)
-        outputs = floats(result) or floats(getattr(result, "__dict__", None))
+        outputs = output_tensors(result)
         if not outputs:
             raise TypeError(
                 f"the model must return floating-point tensors to compare, got {type(result).__name__}"
@@ -210,40 +218,33 @@ def rounding_noise(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def parity(original: Run, noisy: Run, other: Run) -> Parity:
-    """Compares two runs tensor by tensor; what rounding alone may cause is read off a third, disturbed by it.
+    """Compares two runs; what rounding alone may cause is read off a third, in :func:`rounding_noise`.
 
-    A tensor may differ by ``SLACK`` times (its difference in the disturbed run + eps): that follows the
-    dtype, and what this network makes of rounding errors. The tensor nearest to its limit is reported.
+    Each tensor may differ by ``SLACK`` times (its difference in the noisy run + eps), as norms. That follows the
+    dtype, and what this network makes of rounding errors.
     """
-    outputs = _worst(original.outputs, noisy.outputs, other.outputs)
-    grads = _worst(original.grads, noisy.grads, other.grads) if original.grads else (None, None)
-    return Parity(*outputs, *grads)
-
-
-def _worst(
-    original: list[torch.Tensor], noisy: list[torch.Tensor], other: list[torch.Tensor]
-) -> tuple[float, float]:
-    """(error, allowed error), relative to the tensor's norm, where their ratio is the largest."""
-    if [t.shape for t in original] != [t.shape for t in other]:
-        return math.inf, 0.0
-    norms = [_norm(t) for t in original]
-    negligible = 1e-12 * math.hypot(*norms)  # a gradient that is zero but for rounding
-    worst = 0.0, SLACK * torch.finfo(original[0].dtype).eps
-    for a, disturbed, b, norm in zip(original, noisy, other, norms):
-        scale = max(norm, negligible)
-        if scale == 0:
+    shares = [0.0]
+    errors: list[float | None] = []
+    for a, n, b in zip(*((r.outputs, r.grads) for r in (original, noisy, other))):
+        if [t.shape for t in a] != [t.shape for t in b]:
+            return Parity(math.inf, math.inf, math.inf)
+        if not a:
+            errors.append(None)
             continue
-        error = _norm(b.double() - a.double()) / scale
-        allowed = SLACK * (_norm(disturbed.double() - a.double()) / scale + torch.finfo(a.dtype).eps)
-        if math.isnan(error):
-            return math.inf, allowed
-        if error * worst[1] > worst[0] * allowed:
-            worst = error, allowed
-    return worst
+        norms, distances = [_norm(t) for t in a], [_norm(x, y) for x, y in zip(a, b)]
+        overall = math.hypot(*norms)
+        errors.append(math.hypot(*distances) / overall if overall else math.hypot(*distances))
+        for x, y, norm, distance in zip(a, n, norms, distances):
+            eps = torch.finfo(x.dtype).eps
+            # A gradient that is zero but for rounding has no scale of its own.
+            allowed = SLACK * (_norm(x, y) + eps * max(norm, eps * overall))
+            shares.append(0.0 if distance == 0 else distance / allowed if allowed else math.inf)
+    share = math.inf if any(map(math.isnan, shares)) else max(shares)
+    return Parity(errors[0], errors[1], share)
 
 
-def _norm(tensor: torch.Tensor) -> float:
-    return float(tensor.double().norm())
+def _norm(tensor: torch.Tensor, minus: torch.Tensor | None = None) -> float:
+    return float(tensor.double().norm() if minus is None else (tensor.double() - minus.double()).norm())
 
 
 def bare(
@@ -335,7 +336,7 @@ class LayerTrial:
                 "after": self._step(self.target, self.backend, call),
             }
             cuda = any(t.is_cuda for t in floats((call.args, call.kwargs)))
-            stopwatch = _synchronized if cuda else wall_clock
+            stopwatch = synchronized if cuda else wall_clock
             measured = interleave(steps, ROUNDS, seconds=SECONDS, stopwatch=stopwatch)
             self.seconds_before += call.count * statistics.median(measured["before"])
             self.seconds_after += call.count * statistics.median(measured["after"])
@@ -367,7 +368,9 @@ def _largest(difference: torch.Tensor) -> float:
     return float(difference.abs().max()) if difference.numel() else 0.0
 
 
-def _synchronized(call: Callable[[], Any], times: int) -> float:
+def synchronized(call: Callable[[], Any], times: int) -> float:
+    """The stopwatch for a GPU, whose calls return before their work is done."""
+
     def all_times() -> None:
         for _ in range(times):
             call()
