@@ -33,6 +33,7 @@ from .depthwise_conv2d_tiled import (
 
 SUM_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 PLAIN_BLOCK = 256
+MOST_LOADS = 84  # in the unrolled code of a tiled kernel; the time to compile it grows with their square
 GRAD_WEIGHT_PROGRAMS = 512  # a few for each multiprocessor of a large GPU
 
 
@@ -96,7 +97,7 @@ def depthwise_conv2d_forward_triton(
             )  # fmt: skip
         else:
             unrolled = _unrolled(input, weight)
-            tiling = _tiling(output, unrolled)
+            tiling = _tiling(output, weight, unrolled, stride=stride)
             grid, blocks = _grid(output, tiling)
             taps = _taps(weight, channels_last)
             depthwise_conv2d_tiled_forward_kernel[grid](
@@ -151,7 +152,7 @@ def _grad_input(grad_output, input, weight, stride, padding, dilation, algorithm
         )  # fmt: skip
     else:
         unrolled = _unrolled(input, weight)
-        tiling = _tiling(grad_input, unrolled, stride)
+        tiling = _tiling(grad_input, weight, unrolled, phases=stride)
         grid, blocks = _grid(grad_input, tiling)
         taps = _taps(weight, channels_last)
         depthwise_conv2d_tiled_grad_input_kernel[grid](
@@ -172,7 +173,6 @@ def _grad_weight(grad_output, input, weight, stride, padding, dilation, algorith
     if grad_output.numel() == 0:
         return grad_weight.zero_(), grad_bias.zero_() if need_bias else nothing
     memory_format = memory_format_of(input)
-    channels_last = memory_format == torch.channels_last
     input, grad_output = (in_memory_format(tensor, memory_format) for tensor in (input, grad_output))
     strides = (*grad_output.stride(), *input.stride())
     sizes = (batch, *input.shape[2:], out_channels, out_height, out_width, padding[0], padding[2])
@@ -186,7 +186,7 @@ def _grad_weight(grad_output, input, weight, stride, padding, dilation, algorith
         programs = out_channels * (taps + 1)
     else:
         unrolled = _unrolled(input, weight)
-        tiling = _tiling(grad_output, unrolled, most_rows=4 if kernel_height <= 3 else 2, across_images=False)
+        tiling = _tiling(grad_output, weight, unrolled, stride=stride, most_rows=4, across_images=False)
         blocks = _blocks(grad_output, tiling)
         length = batch * blocks[0] * blocks[1]
         tap_rows = kernel_height if unrolled else 1
@@ -204,7 +204,7 @@ def _grad_weight(grad_output, input, weight, stride, padding, dilation, algorith
     else:
         depthwise_conv2d_tiled_grad_weight_kernel[(programs, slices)](
             grad_output, input, partial, *strides, *sizes, *blocks, slice_length,
-            CHANNELS_LAST=channels_last, TAP_ROWS=tap_rows, **tiling, **options,
+            TAP_ROWS=tap_rows, **tiling, **options,
         )  # fmt: skip
     block = min(32, triton.next_power_of_2((taps + 1) * out_channels))
     depthwise_conv2d_grad_weight_sum_kernel[(triton.cdiv((taps + 1) * out_channels, block),)](
@@ -245,8 +245,10 @@ def _unrolled(input: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _tiling(
     target: torch.Tensor,  # (N, C, H, W): what the kernel writes, or for grad_weight walks over
+    weight: torch.Tensor,  # (O, 1, KH, KW)
     unrolled: bool,
-    phases: Sequence[int] = (1, 1),  # ROWS and COLUMNS must be multiples of them
+    stride: Sequence[int] = (1, 1),  # source pixels between targets
+    phases: Sequence[int] = (1, 1),  # targets between source pixels; ROWS and COLUMNS are multiples
     most_rows: int = 8,
     across_images: bool = True,
 ) -> dict[str, int]:
@@ -263,16 +265,27 @@ def _tiling(
         pixel_lanes = _block(triton.cdiv(width, phases[1]), 16, 128)
         planes = batch * channels if across_images else channels
         channel_lanes = min(128 // pixel_lanes, triton.next_power_of_2(planes))
-    rows = min(most_rows, triton.next_power_of_2(height)) if unrolled else 1
     columns = min(most_columns, triton.next_power_of_2(triton.cdiv(width, pixel_lanes)))
+    columns = triton.cdiv(columns, phases[1]) * phases[1]
+    rows = min(most_rows, triton.next_power_of_2(height)) if unrolled else 1
+    while rows > 1 and _window(rows, columns, weight, stride) > MOST_LOADS:
+        rows //= 2
+    if unrolled:
+        rows = triton.cdiv(rows, phases[0]) * phases[0]
     warps = pixel_lanes * channel_lanes // (32 * lanes_per_thread)
     return {
-        "ROWS": triton.cdiv(rows, phases[0]) * phases[0] if unrolled else 1,
-        "COLUMNS": triton.cdiv(columns, phases[1]) * phases[1],
+        "ROWS": rows,
+        "COLUMNS": columns,
         "PIXELS": pixel_lanes,
         "CHANNELS": channel_lanes,
         "num_warps": min(4, max(1, warps)),
     }
+
+
+def _window(rows: int, columns: int, weight: torch.Tensor, stride: Sequence[int]) -> int:
+    """Source pixels that a lane loads for its targets."""
+    kernel_height, kernel_width = weight.shape[2:]
+    return ((rows - 1) * stride[0] + kernel_height) * ((columns - 1) * stride[1] + kernel_width)
 
 
 def _block(size: int, least: int, most: int) -> int:

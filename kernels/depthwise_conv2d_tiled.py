@@ -60,24 +60,14 @@ def _rows_between_taps(stride, dilation):
 
 
 @triton.jit
-def _along(index, LAST: tl.constexpr):
-    """A vector as a tile of one row, or of one column."""
-    if LAST:
-        tile = index[None, :]
-    else:
-        tile = index[:, None]
-    return tile
-
-
-@triton.jit
 def _tile(
     batch, channels, pixel_blocks, strips,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """(image, channel, lane's place along the width, strip of rows) of a program's lanes.
 
-    channels_last: PIXELS x CHANNELS lanes of one image. contiguous: CHANNELS planes, of several images where
-    there are few channels, x PIXELS lanes. Programs that share cache lines are neighbours.
+    A tile is PIXELS x CHANNELS: channels of one image in channels_last, else planes, of several images where
+    there are few channels. Programs that share cache lines are neighbours.
     """
     program = tl.program_id(0)
     if CHANNELS_LAST:
@@ -86,11 +76,11 @@ def _tile(
         program = program // blocks
         image = (program // pixel_blocks // strips).to(tl.int64)
     else:
-        plane = (program // pixel_blocks // strips).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+        plane = (program // pixel_blocks // strips).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
         image, channel = plane // channels, plane % channels
         channel = tl.where(image < batch, channel, channels)
-    pixel = (program % pixel_blocks) * PIXELS + tl.arange(0, PIXELS)
-    return image, channel, _along(pixel, not CHANNELS_LAST), program // pixel_blocks % strips
+    pixel = (program % pixel_blocks) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    return image, channel, pixel, program // pixel_blocks % strips
 
 
 @triton.jit
@@ -103,14 +93,20 @@ def _zeros(COUNT: tl.constexpr, tile, SUM: tl.constexpr):
 
 
 @triton.jit
-def _row(
-    pointer, stride_w, inside, column, width, FIRST: tl.constexpr, COUNT: tl.constexpr, SUM: tl.constexpr
-):
+def _inside_columns(inside, column, width, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """For each lane, whether its columns FIRST ... FIRST + COUNT - 1 lie in the image."""
+    masks = ()
+    for b in tl.static_range(FIRST, FIRST + COUNT):
+        masks += (inside & (column + b >= 0) & (column + b < width),)
+    return masks
+
+
+@triton.jit
+def _row(pointer, stride_w, exists, masks, FIRST: tl.constexpr, COUNT: tl.constexpr, SUM: tl.constexpr):
     """Each lane's pixels FIRST ... FIRST + COUNT - 1 of one row, zero outside the image."""
     pixels = ()
-    for b in tl.static_range(FIRST, FIRST + COUNT):
-        exists = inside & (column + b >= 0) & (column + b < width)
-        pixels += (tl.load(pointer + b * stride_w, mask=exists, other=0.0).to(SUM),)
+    for b in tl.static_range(COUNT):
+        pixels += (tl.load(pointer + (FIRST + b) * stride_w, mask=exists & masks[b], other=0.0).to(SUM),)
     return pixels
 
 
@@ -132,12 +128,11 @@ def _add_taps(
     last_a: tl.constexpr = _last_source(ROWS, SH, DH, TAP_ROWS, PHASE_H, TRANSPOSED)
     first_b: tl.constexpr = _first_source(SW, DW, KW, PHASE_W, TRANSPOSED)
     last_b: tl.constexpr = _last_source(COLUMNS, SW, DW, KW, PHASE_W, TRANSPOSED)
+    masks = _inside_columns(inside, column, width, first_b, last_b - first_b + 1)
     for a in tl.static_range(first_a, last_a + 1):
         if _is_met(a, ROWS, SH, DH, TAP_ROWS, PHASE_H, TRANSPOSED):
-            here = inside & (row + a >= 0) & (row + a < height)
-            pixels = _row(
-                source + a * stride_h, stride_w, here, column, width, first_b, last_b - first_b + 1, SUM
-            )
+            exists = (row + a >= 0) & (row + a < height)
+            pixels = _row(source + a * stride_h, stride_w, exists, masks, first_b, last_b - first_b + 1, SUM)
             added = ()
             for r in tl.static_range(ROWS):
                 for p in tl.static_range(COLUMNS):
@@ -196,12 +191,15 @@ def depthwise_conv2d_tiled_forward_kernel(
                 in_height, in_width, stride_h, stride_w, stride_tap,
                 ROWS, COLUMNS, 1, KW, SH, SW, DH, DW, 0, 0, False, SUM,
             )  # fmt: skip
+    if bias_ptr is not None:
+        bias = tl.broadcast_to(bias_ptr + channel, inside.shape)
+        bias = tl.load(bias, mask=inside, other=0.0).to(SUM)
     output = output_ptr + image * output_stride_n + channel * output_stride_c
     for r in tl.static_range(ROWS):
         for p in tl.static_range(COLUMNS):
             total = sums[r * COLUMNS + p]
             if bias_ptr is not None:
-                total += tl.load(bias_ptr + channel, mask=channel < out_channels, other=0.0).to(SUM)
+                total += bias
             e, f = tl.cast(strip, tl.int64) * ROWS + r, pixel.to(tl.int64) * COLUMNS + p
             exists = inside & (e < out_height) & (f < out_width)
             target = output + e * output_stride_h + f * output_stride_w
@@ -276,15 +274,14 @@ def depthwise_conv2d_tiled_grad_weight_kernel(
     top, left, pixel_blocks, strips, slice_length,
     MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    SUM: tl.constexpr, CHANNELS_LAST: tl.constexpr, TAP_ROWS: tl.constexpr,
+    SUM: tl.constexpr, TAP_ROWS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of filters, TAP_ROWS rows of their taps, one slice of (image, strip, pixels)."""
     blocks = tl.cdiv(out_channels, CHANNELS)
-    channel = _along(tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS), CHANNELS_LAST)
-    channel = channel.to(tl.int64)
+    channel = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]).to(tl.int64)
     first_tap_row = tl.program_id(0) // blocks * TAP_ROWS
-    lane = _along(tl.arange(0, PIXELS), not CHANNELS_LAST)
+    lane = tl.arange(0, PIXELS)[:, None]
     inside = (channel < out_channels) & (lane >= 0)
     stride_h, stride_w = tl.cast(input_stride_h, tl.int64), tl.cast(input_stride_w, tl.int64)
     grad_h, grad_w = tl.cast(grad_stride_h, tl.int64), tl.cast(grad_stride_w, tl.int64)
@@ -302,18 +299,19 @@ def depthwise_conv2d_tiled_grad_weight_kernel(
         e, f = strip * ROWS, pixel * COLUMNS
         grads = ()
         pointer = grad_output_ptr + image * grad_stride_n + channel * grad_stride_c + f * grad_w
+        masks = _inside_columns(inside, f, out_width, 0, COLUMNS)
         for r in tl.static_range(ROWS):
-            here = inside & (e + r < out_height)
-            grads += _row(pointer + (e + r) * grad_h, grad_w, here, f, out_width, 0, COLUMNS, SUM)
+            grads += _row(pointer + (e + r) * grad_h, grad_w, e + r < out_height, masks, 0, COLUMNS, SUM)
         for k in tl.static_range(ROWS * COLUMNS):
             bias += grads[k]
         row, column = e * SH + first_tap_row * DH - top, f * SW - left
         pointer = input_ptr + image * input_stride_n + (channel // MULTIPLIER) * input_stride_c
         pointer = pointer + row * stride_h + column * stride_w
+        masks = _inside_columns(inside, column, in_width, 0, columns)
         for a in tl.static_range(rows):
             if _is_met(a, ROWS, SH, DH, TAP_ROWS, 0, False):
-                here = inside & (row + a >= 0) & (row + a < in_height)
-                pixels = _row(pointer + a * stride_h, stride_w, here, column, in_width, 0, columns, SUM)
+                exists = (row + a >= 0) & (row + a < in_height)
+                pixels = _row(pointer + a * stride_h, stride_w, exists, masks, 0, columns, SUM)
                 added = ()
                 for k in tl.static_range(TAP_ROWS * KW):
                     total = sums[k]
@@ -325,11 +323,10 @@ def depthwise_conv2d_tiled_grad_weight_kernel(
                 sums = added
 
     # Lanes of the same channel, and then (in the second kernel) slices, are added up.
-    axis: tl.constexpr = 0 if CHANNELS_LAST else 1
     o = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     partial = partial_ptr + tl.cast(tl.program_id(1), tl.int64) * (KH * KW + 1) * out_channels + o
     for k in tl.static_range(TAP_ROWS * KW):
         tap = tl.cast(first_tap_row * KW + k, tl.int64)
-        tl.store(partial + tap * out_channels, tl.sum(sums[k], axis=axis), mask=o < out_channels)
+        tl.store(partial + tap * out_channels, tl.sum(sums[k], axis=0), mask=o < out_channels)
     if first_tap_row == 0:
-        tl.store(partial + KH * KW * out_channels, tl.sum(bias, axis=axis), mask=o < out_channels)
+        tl.store(partial + KH * KW * out_channels, tl.sum(bias, axis=0), mask=o < out_channels)
