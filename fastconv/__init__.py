@@ -24,6 +24,7 @@ __all__ = [
     "use_backend",
 ]
 
-# So that torch.ops.fastconv serves whoever calls it; what cannot load says so when it is asked for.
-for _name in ("kernels", "emulator"):
-    _library.load(_name)
+# So that torch.ops.fastconv serves whoever calls it, and torch.compile finds the answer known;
+# what cannot load says so when it is asked for.
+for _backend in ("cpu", "cuda", "emulator"):
+    _library.problem(_backend)

@@ -33,9 +33,18 @@ def host():
     return _host
 
 
-@functools.cache
+# A plain dictionary: torch.compile looks through functools.cache, and cannot trace what is behind it.
+_problems: dict[str, str | None] = {}
+
+
 def problem(backend: str) -> str | None:
     """Why a compiled backend (``"cpu"``, ``"cuda"``, ``"emulator"``) cannot run here, or None."""
+    if backend not in _problems:
+        _problems[backend] = _find_problem(backend)
+    return _problems[backend]
+
+
+def _find_problem(backend: str) -> str | None:
     if backend == "emulator":
         return load("emulator")
     error = load("kernels")
@@ -43,6 +52,4 @@ def problem(backend: str) -> str | None:
         return error
     if host() is None or not host().built_with_cuda():
         return f"the library was built without CUDA; with nvcc {torch.version.cuda or 'and a CUDA PyTorch'} at hand, {_BUILD}"
-    if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False"
     return None

@@ -7,7 +7,6 @@ Backends: ``"cpu"`` (C++), ``"cuda"``, ``"triton"``, ``"aten"`` (PyTorch's own o
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 import threading
@@ -127,6 +126,8 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) 
             return (
                 f"it needs CUDA tensors, got {device_type} (backend='emulator' runs its kernels on the CPU)"
             )
+        if not torch.cuda.is_available():
+            return "torch.cuda.is_available() is False"
         return _library.problem("cuda")
     if backend == "emulator":
         if device_type != "cpu":
@@ -151,12 +152,14 @@ def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-@functools.cache
 def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
-@functools.cache
 def triton_interpreted() -> bool:
-    # Triton reads it when it is imported, so it cannot change later.
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    return _TRITON_INTERPRETED
+
+
+# Constants, for torch.compile to trace. Triton reads the variable when it is imported, so it cannot change later.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -46,5 +46,8 @@ def activation_backward(
     if activation == "relu6":
         return aten.hardtanh_backward(grad, x, 0.0, 6.0)
     if activation == "silu":
-        return aten.silu_backward(grad, x)
+        if not torch.is_grad_enabled():
+            return aten.silu_backward(grad, x)
+        gate = torch.sigmoid(x)  # silu_backward itself has no derivative
+        return grad * gate * (1 + x * (1 - gate))
     return aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")

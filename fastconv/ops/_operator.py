@@ -8,9 +8,9 @@ An operator ``fastconv::<name>`` has one overload for each implementation behind
 ``<name>.triton``   the Triton kernels of ``fastconv.kernels.<name>``
 ==================  ==================================================================
 
-All overloads share the schema and every formula, which an operator's own file states once. A formula
-runs in two places: in ``register_autograd``, which ``torch.compile`` and ``torch.export`` need, and in
-an ``autograd.Function``, which ``torch.func`` needs; neither alone serves both.
+All overloads share the schema and every formula, which an operator's own file states once. The gradient is an
+``autograd.Function``, as ``torch.func`` needs it, that the operator itself applies, as ``torch.compile`` and
+``torch.export`` need it. ``torch.library.register_autograd`` would refuse ``torch.func``, compiled or not.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ class Operator:
             op = getattr(getattr(torch.ops.fastconv, name), overload or "default")
             setup = self._remember_backend(overload, setup_context)
             torch.library.register_fake(qualname, fake, lib=library)
-            torch.library.register_autograd(qualname, backward, setup_context=setup, lib=library)
             torch.library.register_vmap(qualname, self._vmap_for(op, vmap), lib=library)
             for device_type in ("CPU", "CUDA"):
                 library.impl(qualname, self._autocast_for(op, device_type), f"Autocast{device_type}")
@@ -82,6 +81,7 @@ class Operator:
                     "vmap": staticmethod(self._vmap_for(op, vmap)),
                 },
             )
+            library.impl(qualname, self._autograd_for(op, self._functions[overload]), "Autograd")
         register_flop_formula(getattr(torch.ops.fastconv, name))(flops)
         for device_type in ("CPU", "CUDA"):
             library.impl(f"fastconv::{name}.triton", self._launch_triton, device_type)
@@ -93,10 +93,8 @@ class Operator:
     def __call__(self, backend: str, *arguments: Any) -> Any:
         """Runs the operator with one backend's kernels, differentiably."""
         overload = OVERLOADS[backend]
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            for argument in arguments:
-                if isinstance(argument, torch.Tensor) and argument.requires_grad:
-                    return self._functions[overload].apply(*arguments)
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and _any_requires_grad(arguments):
+            return self._functions[overload].apply(*arguments)
         return self._ops[overload](*arguments)
 
     def _launch_triton(self, *arguments: Any) -> Any:
@@ -112,6 +110,24 @@ class Operator:
             setup_context(ctx, inputs, output)
 
         return setup
+
+    @staticmethod
+    def _autograd_for(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+        front = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
+
+        def differentiable(*arguments: Any) -> Any:
+            if not (torch.is_grad_enabled() and _any_requires_grad(arguments)):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return op(*arguments)
+            if not torch._C._are_functorch_transforms_active():
+                return function.apply(*arguments)
+            # torch.func steps aside when it calls an operator; a Function needs it back in front.
+            include = torch._C._dispatch_tls_local_include_set() | front
+            exclude = torch._C._dispatch_tls_local_exclude_set() - front
+            with torch._C._ForceDispatchKeyGuard(include, exclude):
+                return function.apply(*arguments)
+
+        return differentiable
 
     @staticmethod
     def _vmap_for(op: Any, vmap: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,6 +176,10 @@ def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
             return torch.contiguous_format
         smallest = strides[dim] * max(sizes[dim], 1)
     return torch.channels_last
+
+
+def _any_requires_grad(arguments: Sequence[Any]) -> bool:
+    return any(isinstance(argument, torch.Tensor) and argument.requires_grad for argument in arguments)
 
 
 def _plain_call(op: Any) -> Callable[..., Any]:

@@ -80,7 +80,7 @@ def depthwise_conv2d(
     Reference: Howard et al., "MobileNets", 2017, arXiv:1704.04861.
     """
     check_tensor("input", input, rank=4)
-    if torch.is_autocast_enabled(input.device.type):
+    if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
         input, weight, bias = autocast(input.device.type, (input, weight, bias))
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     check_tensor("weight", weight, rank=4, like=input)
