@@ -197,14 +197,11 @@ def cost(model: nn.Module, input_size: Sequence[int], *, ceilings: Any = None) -
         size = (1, *size)
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = {
-        name: fake_mode.from_tensor(tensor.detach())
-        for named in (
-            model.named_parameters(remove_duplicate=False),
-            model.named_buffers(remove_duplicate=False),
-        )
-        for name, tensor in named
-    }
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    fakes = {tensor: fake_mode.from_tensor(tensor.detach()) for tensor in named.values()}
+    tensors = {name: fakes[tensor] for name, tensor in named.items()}  # tied tensors stay tied
     recorder = _Recorder()
     flops = FlopCounterMode(display=False)
     with fake_mode, torch.no_grad(), _eval(model), recorder.watch(model), recorder, flops:

@@ -220,8 +220,8 @@ def rounding_noise(modules: Iterable[nn.Module]) -> Iterator[None]:
 def parity(original: Run, noisy: Run, other: Run) -> Parity:
     """Compares two runs; what rounding alone may cause is read off a third, in :func:`rounding_noise`.
 
-    Each tensor may differ by ``SLACK`` times (its difference in the noisy run + eps), as norms. That follows the
-    dtype, and what this network makes of rounding errors.
+    Each tensor may differ by ``SLACK`` times (its difference in the noisy run + eps), as norms. That follows
+    the dtype, and what this network makes of rounding errors.
     """
     shares = [0.0]
     errors: list[float | None] = []
