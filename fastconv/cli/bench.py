@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from . import UserError
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -47,11 +49,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         problems_of = {op: _problems(harness, op, args) for op in _operators(harness, args)}
     except ValueError as error:
-        console.print(f"[red]{error}[/]")
-        return 2
+        raise UserError(str(error)) from None
     if args.json and len(problems_of) > 1:
-        console.print("[red]--json takes one operator; name it, or use --save[/]")
-        return 2
+        raise UserError("--json takes one operator; name it, or use --save")
     ceilings = _ceilings(args, console)
     refused: list[str] = []
     for op, (problems, contenders) in problems_of.items():
@@ -70,7 +70,7 @@ def suite(module: str) -> ModuleType:
     """A module of the checkout's ``benchmarks`` folder, which is no part of an installed package.
 
     Raises:
-        SystemExit: there is no such folder beside the package or here.
+        UserError: there is no such folder beside the package or here.
     """
     import importlib
 
@@ -79,9 +79,7 @@ def suite(module: str) -> ModuleType:
             if str(folder) not in sys.path:
                 sys.path.insert(0, str(folder))
             return importlib.import_module(f"benchmarks.{module}")
-    raise SystemExit(
-        "the benchmarks are in the repository, not in the package: run this in a checkout of fastconv"
-    )
+    raise UserError("the benchmarks are in the repository, not in the package: run this in a checkout of it")
 
 
 def measure(problems, contenders, args: argparse.Namespace, ceilings, console) -> list[dict]:
@@ -138,7 +136,10 @@ def _ceilings(args: argparse.Namespace, console):
     if args.threads:
         torch.set_num_threads(args.threads)
     warn_if_busy(console, torch.get_num_threads())
-    found = ceilings.measure(args.device)
+    try:
+        found = ceilings.measure(args.device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
     console.print(
         f"{found.device} {found.capability}: {found.flops_per_second / 1e9:.0f} GFLOP/s of float32 "
         f"multiply-adds, {found.bytes_per_second / 1e9:.0f} GB/s of copying"

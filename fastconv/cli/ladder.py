@@ -10,6 +10,7 @@ import argparse
 
 import torch
 
+from . import UserError
 from .bench import suite, warn_if_busy
 
 
@@ -37,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
         benchmark = harness.load(args.op)
         layer = harness.layers(args.op, [args.layer or benchmark.ladder], args.batch)[0]
     except ValueError as error:
-        console.print(f"[red]{error}[/]")
-        return 2
+        raise UserError(str(error)) from None
     warn_if_busy(console, torch.get_num_threads())
     dtype = getattr(torch, args.dtype)
     steps = climb(harness, args.op, args.device, args.layout)
@@ -48,7 +48,13 @@ def run(args: argparse.Namespace) -> int:
         group = problem.measure(steps, rounds=args.rounds, seconds=args.seconds, ceilings=limits)
         group["untimed"] = untimed(harness, benchmark, args, limits)
     console.print(table(group, limits))
-    return 1 if any(entry["refused"] for entry in group["contenders"] + group["untimed"]) else 0
+    if group["untimed"]:
+        names = ", ".join(entry["kernel"] for entry in group["untimed"] if not entry["refused"])
+        console.print(f"right on a tiny layer, not timed: {names}")
+    refused = [entry for entry in group["contenders"] + group["untimed"] if entry["refused"]]
+    for entry in refused:
+        console.print(f"{entry['name']}: {entry['refused']}", style="red", markup=False)
+    return 1 if refused else 0
 
 
 def climb(harness, op: str, device: str, layout: str) -> list:
@@ -92,24 +98,25 @@ def untimed(harness, benchmark, args: argparse.Namespace, limits) -> list[dict]:
 
 
 def table(group: dict, limits):
-    """The ladder for ``rich``: time, speed, share of the limit, and the gain over the step before."""
+    """The ladder for ``rich``: time, speed, share of the limit, gain over the step before and over the first."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    title = f"{group['network']}/{group['layer']}, {group['pass']}, {group['dtype']}, {group['sizes']}"
+    batch = group["sizes"]["batch"]
+    title = f"{group['network']}/{group['layer']}, batch {batch}, {group['pass']}, {group['dtype']}"
     caption = (
         f"limit: {group['floor_seconds'] * 1e3:.3f} ms, set by {group['bound']}; "
         f"{limits.flops_per_second / 1e9:.0f} GFLOP/s, {limits.bytes_per_second / 1e9:.0f} GB/s, "
         f"{limits.threads} threads"
     )
     shown = Table(title=title, caption=caption, box=SIMPLE_HEAD)
-    shown.add_column("step")
-    for name in ("ms", "GFLOP/s", "% of limit", "x step before", "x first"):
-        shown.add_column(name, justify="right")
+    shown.add_column("step", no_wrap=True)
+    for name in ("ms", "GFLOP/s", "% limit", "gain", "in all"):
+        shown.add_column(name, justify="right", no_wrap=True)
     first = before = None
     for entry in group["contenders"]:
         if entry["refused"]:
-            shown.add_row(entry["kernel"], f"[red]{entry['refused']}[/]")
+            shown.add_row(f"{entry['kernel']}: refused", style="red")
             continue
         seconds = entry["seconds"]
         first = first or seconds
@@ -119,8 +126,4 @@ def table(group: dict, limits):
         speed = (f"{seconds * 1e3:.3f}", f"{entry['gflops']:.1f}", f"{entry['percent_of_limit']:.0f}")
         shown.add_row(entry["kernel"], *speed, *gains)
         before = seconds
-    for entry in group["untimed"]:
-        shown.add_row(
-            entry["kernel"], f"[red]{entry['refused']}[/]" if entry["refused"] else "runs, not timed"
-        )
     return shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from . import UserError
 from .bench import suite
 
 
@@ -32,8 +33,7 @@ def run(args: argparse.Namespace) -> int:
         before = readme.read_text()
         after = report.rewrite(before, found)
     except (OSError, ValueError) as error:
-        print(error)
-        return 2
+        raise UserError(str(error)) from None
     if args.check:
         if before == after:
             return 0
