@@ -98,7 +98,7 @@ def untimed(harness, benchmark, args: argparse.Namespace, limits) -> list[dict]:
 
 
 def table(group: dict, limits):
-    """The ladder for ``rich``: time, speed, share of the limit, gain over the step before and over the first."""
+    """The ladder for ``rich``: time, speed, share of the limit, gain over the step before and in all."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
