@@ -33,6 +33,7 @@ from .depthwise_conv2d_tiled import (
 
 SUM_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 PLAIN_BLOCK = 256
+CHANNELS_PER_THREAD = 2  # in channels_last: the 32-bit words that a warp loads cover whole cache lines
 MOST_LOADS = 84  # in the unrolled code of a tiled kernel; the time to compile it grows with their square
 GRAD_WEIGHT_PROGRAMS = 512  # a few for each multiprocessor of a large GPU
 
@@ -97,7 +98,7 @@ def depthwise_conv2d_forward_triton(
             )  # fmt: skip
         else:
             unrolled = _unrolled(input, weight)
-            tiling = _tiling(output, weight, unrolled, stride=stride)
+            tiling = _tiling(output, weight, weight.shape[2] if unrolled else 1, stride)
             grid, blocks = _grid(output, tiling)
             taps = _taps(weight, channels_last)
             depthwise_conv2d_tiled_forward_kernel[grid](
@@ -152,8 +153,10 @@ def _grad_input(grad_output, input, weight, stride, padding, dilation, algorithm
         )  # fmt: skip
     else:
         unrolled = _unrolled(input, weight)
-        tiling = _tiling(grad_input, weight, unrolled, phases=stride)
-        grid, blocks = _grid(grad_input, tiling)
+        # Rows that meet the same rows of taps are together: all of a strip, or every stride-th.
+        tap_rows, phases = (weight.shape[2], stride) if unrolled else (1, (1, stride[1]))
+        tiling = _tiling(grad_input, weight, tap_rows, phases=phases)
+        grid, blocks = _grid(grad_input, tiling, spacing=1 if unrolled else stride[0])
         taps = _taps(weight, channels_last)
         depthwise_conv2d_tiled_grad_input_kernel[grid](
             grad_output, taps, grad_input, *grad_output.stride(), *grad_input.stride(), *taps.stride(),
@@ -185,11 +188,14 @@ def _grad_weight(grad_output, input, weight, stride, padding, dilation, algorith
         length = batch * out_height * out_width
         programs = out_channels * (taps + 1)
     else:
-        unrolled = _unrolled(input, weight)
-        tiling = _tiling(grad_output, weight, unrolled, stride=stride, most_rows=4, across_images=False)
+        tap_rows = kernel_height if taps <= (25 if input.dtype == torch.float64 else 49) else 1
+        # One warp holds all pixels of a channel where they are lanes, and adds them up in registers.
+        tiling = _tiling(
+            grad_output, weight, tap_rows, stride,
+            most_rows=4 if taps <= 25 else 2, most_pixels=32, across_images=False,
+        )  # fmt: skip
         blocks = _blocks(grad_output, tiling)
         length = batch * blocks[0] * blocks[1]
-        tap_rows = kernel_height if unrolled else 1
         programs = triton.cdiv(out_channels, tiling["CHANNELS"]) * (kernel_height // tap_rows)
     slice_length = triton.cdiv(length, min(length, max(1, GRAD_WEIGHT_PROGRAMS // programs)))
     if algorithm == "plain":
@@ -239,53 +245,49 @@ def _taps(weight: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 
 def _unrolled(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether all taps of a filter stay in registers; otherwise one row of them does."""
-    return weight.shape[2] * weight.shape[3] <= (25 if input.dtype == torch.float64 else 49)
+    """Whether a thread keeps all taps of its filters, in at most 50 registers; otherwise one row of them."""
+    channels_last = memory_format_of(input) == torch.channels_last
+    words = sum_type(input.dtype).itemsize // 4 * (CHANNELS_PER_THREAD if channels_last else 1)
+    return weight.shape[2] * weight.shape[3] * words <= 50
 
 
 def _tiling(
     target: torch.Tensor,  # (N, C, H, W): what the kernel writes, or for grad_weight walks over
     weight: torch.Tensor,  # (O, 1, KH, KW)
-    unrolled: bool,
+    tap_rows: int,  # rows of taps that are unrolled
     stride: Sequence[int] = (1, 1),  # source pixels between targets
     phases: Sequence[int] = (1, 1),  # targets between source pixels; ROWS and COLUMNS are multiples
     most_rows: int = 8,
+    most_pixels: int = 128,
     across_images: bool = True,
 ) -> dict[str, int]:
     """A tile of PIXELS x CHANNELS lanes with ROWS x COLUMNS targets each, in closed form: no search."""
     batch, channels, height, width = target.shape
+    width = triton.cdiv(width, phases[1])
     if memory_format_of(target) == torch.channels_last:
-        # Two channels a thread: a warp's load of 32-bit words covers whole cache lines.
-        lanes_per_thread, most_rows, most_columns = 2, min(most_rows, 4), 4
+        lanes_per_thread, most_rows, most_columns = CHANNELS_PER_THREAD, min(most_rows, 4), 4
         channel_lanes = _block(channels, 16, 64)
-        pixel_lanes = min(256 // channel_lanes, triton.next_power_of_2(triton.cdiv(width, phases[1])))
+        pixel_lanes = min(256 // channel_lanes, triton.next_power_of_2(width))
     else:
         # Neighbouring lanes read neighbouring columns, so a lane owns only one (of each phase).
         lanes_per_thread, most_columns = 1, 1
-        pixel_lanes = _block(triton.cdiv(width, phases[1]), 16, 128)
+        pixel_lanes = _block(width, 16, most_pixels)
         planes = batch * channels if across_images else channels
         channel_lanes = min(128 // pixel_lanes, triton.next_power_of_2(planes))
     columns = min(most_columns, triton.next_power_of_2(triton.cdiv(width, pixel_lanes)))
     columns = triton.cdiv(columns, phases[1]) * phases[1]
-    rows = min(most_rows, triton.next_power_of_2(height)) if unrolled else 1
-    while rows > 1 and _window(rows, columns, weight, stride) > MOST_LOADS:
+    rows = min(most_rows, triton.next_power_of_2(height))
+    source_columns = (columns - 1) * stride[1] + weight.shape[3]
+    while rows > 1 and ((rows - 1) * min(stride[0], tap_rows) + tap_rows) * source_columns > MOST_LOADS:
         rows //= 2
-    if unrolled:
-        rows = triton.cdiv(rows, phases[0]) * phases[0]
     warps = pixel_lanes * channel_lanes // (32 * lanes_per_thread)
     return {
-        "ROWS": rows,
+        "ROWS": triton.cdiv(rows, phases[0]) * phases[0],
         "COLUMNS": columns,
         "PIXELS": pixel_lanes,
         "CHANNELS": channel_lanes,
         "num_warps": min(4, max(1, warps)),
     }
-
-
-def _window(rows: int, columns: int, weight: torch.Tensor, stride: Sequence[int]) -> int:
-    """Source pixels that a lane loads for its targets."""
-    kernel_height, kernel_width = weight.shape[2:]
-    return ((rows - 1) * stride[0] + kernel_height) * ((columns - 1) * stride[1] + kernel_width)
 
 
 def _block(size: int, least: int, most: int) -> int:
@@ -296,15 +298,18 @@ def _block(size: int, least: int, most: int) -> int:
     return min(block, triton.next_power_of_2(size))
 
 
-def _blocks(target: torch.Tensor, tiling: dict[str, int]) -> tuple[int, int]:
-    """Blocks along the width, and strips of rows."""
+def _blocks(target: torch.Tensor, tiling: dict[str, int], spacing: int = 1) -> tuple[int, int]:
+    """Blocks along the width, and strips of rows, ``spacing`` apart within a strip."""
     height, width = target.shape[2:]
-    return triton.cdiv(width, tiling["PIXELS"] * tiling["COLUMNS"]), triton.cdiv(height, tiling["ROWS"])
+    strips = triton.cdiv(height, tiling["ROWS"] * spacing) * spacing
+    return triton.cdiv(width, tiling["PIXELS"] * tiling["COLUMNS"]), strips
 
 
-def _grid(target: torch.Tensor, tiling: dict[str, int]) -> tuple[tuple[int], tuple[int, int]]:
+def _grid(
+    target: torch.Tensor, tiling: dict[str, int], spacing: int = 1
+) -> tuple[tuple[int], tuple[int, int]]:
     batch, channels = target.shape[:2]
-    blocks = _blocks(target, tiling)
+    blocks = _blocks(target, tiling, spacing)
     if memory_format_of(target) == torch.channels_last:
         channel_blocks = batch * triton.cdiv(channels, tiling["CHANNELS"])
     else:

@@ -6,7 +6,7 @@ Program   a tile of lanes, channels x pixels (neighbours: channels in channels_l
 Bytes     read N*C*H*W, write N*O*E*F; the pixels that lanes share come from the cache.
 Differs   plain loads KH*KW pixels a result, tiled (1+(KH-1)/ROWS)*(1+(KW-1)/COLUMNS), and a strided
           grad_input wastes no tap.
-Limits    filters of more than 49 taps (float64: 25) keep one row of taps at a time, and one row of results.
+Limits    of large filters one row of taps is in registers at a time, and results share fewer loads.
 """
 
 from __future__ import annotations
@@ -140,13 +140,11 @@ def _add_taps(
                     if _tap(a, r, SH, DH, TAP_ROWS, PHASE_H, TRANSPOSED) >= 0:
                         for b in tl.static_range(first_b, last_b + 1):
                             if _tap(b, p, SW, DW, KW, PHASE_W, TRANSPOSED) >= 0:
-                                total += (
-                                    pixels[b - first_b]
-                                    * taps[
-                                        _tap(a, r, SH, DH, TAP_ROWS, PHASE_H, TRANSPOSED) * KW
-                                        + _tap(b, p, SW, DW, KW, PHASE_W, TRANSPOSED)
-                                    ]
-                                )
+                                tap = taps[
+                                    _tap(a, r, SH, DH, TAP_ROWS, PHASE_H, TRANSPOSED) * KW
+                                    + _tap(b, p, SW, DW, KW, PHASE_W, TRANSPOSED)
+                                ]
+                                total = tl.fma(pixels[b - first_b], tap, total)
                     added += (total,)
             sums = added
     return sums
@@ -222,7 +220,7 @@ def depthwise_conv2d_tiled_grad_input_kernel(
     SUM: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNROLLED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS (if unrolled) and COLUMNS are multiples of the stride: a lane's phases are known when compiled."""
+    """ROWS (if unrolled) and COLUMNS are multiples of the stride, so that phases are known when compiled."""
     image, channel, pixel, strip = _tile(
         batch, in_channels, pixel_blocks, strips, PIXELS, CHANNELS, CHANNELS_LAST
     )
@@ -231,6 +229,9 @@ def depthwise_conv2d_tiled_grad_input_kernel(
     stride_h, stride_w = tl.cast(grad_stride_h, tl.int64), tl.cast(grad_stride_w, tl.int64)
     stride_tap = tl.cast(weight_stride_tap, tl.int64)
     sums = _zeros(ROWS * COLUMNS, inside, SUM)
+    # A lane's rows: neighbours, or of one phase (SH apart) where only that keeps the rows of taps the same.
+    SPACING: tl.constexpr = 1 if UNROLLED else SH
+    first_row = strip // SPACING * (ROWS * SPACING) + strip % SPACING
     for o in tl.range(MULTIPLIER):
         filter = channel * MULTIPLIER + o
         source = grad_output_ptr + image * grad_stride_n + filter * grad_stride_c + column * stride_w
@@ -243,22 +244,23 @@ def depthwise_conv2d_tiled_grad_input_kernel(
                 ROWS, COLUMNS, KH, KW, SH, SW, DH, DW, PHASE_H, PHASE_W, True, SUM,
             )  # fmt: skip
         else:
-            # One row, whose phase is known only here: every STEP-th row of taps meets it, from `first` on.
+            # Every STEP-th row of taps meets them, from the first whose phase is theirs.
             STEP: tl.constexpr = _rows_between_taps(SH, DH)
             first = KH
             for i in tl.static_range(STEP):
-                first = tl.where((strip + top - i * DH) % SH == 0, i, first)
+                first = tl.where((first_row + top - i * DH) % SH == 0, i, first)
             for i in tl.range(loop_bound(first), KH, STEP):
-                row = (strip + top - i * DH) // SH
+                row = (first_row + top - i * DH) // SH
                 sums = _add_taps(
                     sums, source + row * stride_h, weight + i * KW * stride_tap, inside, row, column,
                     out_height, out_width, stride_h, stride_w, stride_tap,
-                    1, COLUMNS, 1, KW, 1, SW, 1, DW, 0, PHASE_W, True, SUM,
+                    ROWS, COLUMNS, 1, KW, 1, SW, 1, DW, 0, PHASE_W, True, SUM,
                 )  # fmt: skip
     grad_input = grad_input_ptr + image * input_stride_n + channel * input_stride_c
     for r in tl.static_range(ROWS):
         for p in tl.static_range(COLUMNS):
-            h, w = tl.cast(strip, tl.int64) * ROWS + r, pixel.to(tl.int64) * COLUMNS + p
+            h = tl.cast(first_row, tl.int64) + r * SPACING
+            w = pixel.to(tl.int64) * COLUMNS + p
             exists = inside & (h < in_height) & (w < in_width)
             tl.store(grad_input + h * input_stride_h + w * input_stride_w, sums[r * COLUMNS + p], mask=exists)
 
@@ -318,7 +320,7 @@ def depthwise_conv2d_tiled_grad_weight_kernel(
                     for r in tl.static_range(ROWS):
                         if _tap(a, r, SH, DH, TAP_ROWS, 0, False) == k // KW:
                             for p in tl.static_range(COLUMNS):
-                                total += grads[r * COLUMNS + p] * pixels[p * SW + k % KW * DW]
+                                total = tl.fma(grads[r * COLUMNS + p], pixels[p * SW + k % KW * DW], total)
                     added += (total,)
                 sums = added
 
