@@ -14,12 +14,19 @@ import fastconv
 from fastconv.nn import DepthwiseConv2d
 
 SHAPES = [
-    dict(in_channels=6, kernel_size=3, padding=1),
-    dict(in_channels=4, out_channels=12, kernel_size=(3, 5), stride=(2, 1), padding=(1, 2), bias=False),
-    dict(in_channels=3, kernel_size=5, padding="same", dilation=(1, 2)),
-    dict(in_channels=5, kernel_size=3, stride=2, padding=2, padding_mode="reflect"),
-    dict(in_channels=5, kernel_size=3, padding="same", padding_mode="circular"),
-    dict(in_channels=2, kernel_size=1),
+    {"in_channels": 6, "kernel_size": 3, "padding": 1},
+    {
+        "in_channels": 4,
+        "out_channels": 12,
+        "kernel_size": (3, 5),
+        "stride": (2, 1),
+        "padding": (1, 2),
+        "bias": False,
+    },
+    {"in_channels": 3, "kernel_size": 5, "padding": "same", "dilation": (1, 2)},
+    {"in_channels": 5, "kernel_size": 3, "stride": 2, "padding": 2, "padding_mode": "reflect"},
+    {"in_channels": 5, "kernel_size": 3, "padding": "same", "padding_mode": "circular"},
+    {"in_channels": 2, "kernel_size": 1},
 ]
 
 
@@ -94,12 +101,12 @@ def test_repr_names_what_conv2d_does_not_have():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(in_channels=0), "in_channels must be at least 1, got 0"),
-        (dict(in_channels=4, out_channels=6), "out_channels must be a multiple of in_channels=4, got 6"),
-        (dict(in_channels=4, out_channels=0), "out_channels must be a multiple"),
-        (dict(in_channels=4, activation="tanh"), "activation must be one of"),
-        (dict(in_channels=4, backend="gpu"), "backend must be None or one of"),
-        (dict(in_channels=4, stride=2, padding="same"), "strided"),
+        ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
+        ({"in_channels": 4, "out_channels": 6}, "out_channels must be a multiple of in_channels=4, got 6"),
+        ({"in_channels": 4, "out_channels": 0}, "out_channels must be a multiple"),
+        ({"in_channels": 4, "activation": "tanh"}, "activation must be one of"),
+        ({"in_channels": 4, "backend": "gpu"}, "backend must be None or one of"),
+        ({"in_channels": 4, "stride": 2, "padding": "same"}, "strided"),
     ],
 )
 def test_bad_arguments(options, words):

@@ -26,6 +26,7 @@ from torch import nn
 
 from .._format import milliseconds
 from .._timing import interleave, wall_clock
+from ..backends import BACKENDS
 from . import UserError
 from ._model import DTYPES, add_model_arguments, build, console, input_size, positive
 
@@ -41,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
     add("--rounds", type=positive, default=20, metavar="N", help="turns of each whole model (default: 20)")
-    add("--backend", help="which kernels (default: the measured best)")
+    add("--backend", choices=BACKENDS, help="which kernels (default: the measured best)")
     add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     add(
         "--plot",

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
 from ..nn._rules import check_backend, handlers_of
+
+
+class _Served(threading.local):
+    """Whether a kernel is at work; the calls that it makes itself do not concern the blocks further out."""
+
+    now = False
+
+
+_served = _Served()
 
 
 class _Enable(TorchFunctionMode):
@@ -20,10 +30,14 @@ class _Enable(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for handler in handlers_of(function):
+        for handler in () if _served.now else handlers_of(function):
             call = handler(self.backend, *args, **kwargs)
             if call is not None:
-                return call()
+                _served.now = True
+                try:
+                    return call()
+                finally:
+                    _served.now = False
         return function(*args, **kwargs)
 
 

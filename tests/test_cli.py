@@ -1,0 +1,201 @@
+"""python -m fastconv: what the commands print, write and refuse, as a user calls them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastconv import _library, cli
+
+COMMANDS = ["doctor", "compare", "cost", "bench", "ladder", "report"]
+FACTORY = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                         nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+def needs(argument):
+    pass
+
+def number():
+    return 3
+"""
+
+
+def fastconv(*arguments, cwd=None, **environment):
+    """In a process of its own, as a user calls it."""
+    variables = {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1", "COLUMNS": "150", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "fastconv", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+        env={**os.environ, **variables},
+    )
+
+
+@pytest.fixture
+def here(capsys, monkeypatch, folder):
+    """``here(*arguments)`` runs a command in this process: (exit status, stdout, stderr)."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(folder)
+    monkeypatch.delitem(sys.modules, "mynetwork", raising=False)
+
+    def run(*arguments):
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as error:  # argparse's own
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "mynetwork.py").write_text(FACTORY)
+    return tmp_path
+
+
+def test_help_names_every_command(here):
+    status, out, _ = here("--help")
+    assert status == 0
+    assert all(command in out for command in COMMANDS)
+    assert here()[0] == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(here, command):
+    status, out, _ = here(command, "--help")
+    assert status == 0
+    assert f"python -m fastconv {command}" in out
+
+
+def test_importing_the_library_is_light():
+    code = "import sys, fastconv; print([m for m in ('matplotlib', 'rich', 'sklearn') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_doctor():
+    result = fastconv("doctor")
+    assert result.returncode == 0, result.stderr
+    for word in ("Python", "torch", "triton", "nvcc", "C++ kernels", "depthwise_conv2d", "emulator"):
+        assert word in result.stdout, word
+
+
+def test_doctor_names_the_forced_instruction_set():
+    result = fastconv("doctor", FASTCONV_CPU_CAPABILITY="portable")
+    if "_host is not built" not in result.stdout:
+        assert "chosen: portable (FASTCONV_CPU_CAPABILITY)" in result.stdout
+
+
+def test_doctor_names_the_command_for_what_is_missing(tmp_path):
+    """Without the compiled libraries: copies of the Python files alone."""
+    import shutil
+
+    import fastconv as package
+
+    source = os.path.dirname(package.__file__)
+    shutil.copytree(source, tmp_path / "fastconv", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    result = fastconv("doctor", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "libfastconv_kernels.so is not built" in result.stdout
+    assert "C++ kernels: pip install --no-build-isolation" in result.stdout
+
+
+needs_ceilings = pytest.mark.skipif(_library.host() is None, reason="the ceilings need fastconv._host")
+
+
+@needs_ceilings
+def test_cost(folder):
+    result = fastconv("cost", "mynetwork:build", "--input-size", "2,3,8,8", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    macs = 2 * 64 * (8 * 27 + 8 * 9) + 2 * 8 * 4
+    assert f"{macs:,} MACs, {8 * 28 + 16 + 72 + 16 + 36:,} parameters" in result.stdout
+    assert "AdaptiveAvgPool2d" in result.stdout
+
+
+@needs_ceilings
+def test_cost_of_a_network_of_the_library(here):
+    _, out, _ = here("cost", "mobilenet_v1", "--set", "width=0.25", "--batch", 2)
+    assert f"{2 * 41_030_272:,} MACs, 470,072 parameters" in out
+
+
+@pytest.mark.parametrize("options", [["--inference"], ["--train", "--channels-last", "--dtype", "bfloat16"]])
+def test_compare(folder, here, options):
+    arguments = [
+        "compare",
+        "mynetwork:build",
+        "--input-size",
+        "3,16,16",
+        "--batch",
+        4,
+        "--rounds",
+        3,
+        "--threads",
+        1,
+    ]
+    files = ["--json", folder / "figures.json", "--plot", folder / "roofline.png"]
+    if options == ["--inference"]:
+        result = fastconv(*arguments, *options, *files, cwd=folder)
+        status, out, errors = result.returncode, result.stdout, result.stderr
+    else:
+        status, out, errors = here(*arguments, *options, *files)
+    assert status == 0, out + errors
+    mode = "training" if "--train" in options else "inference"
+    assert f"{mode} (forward" in out and "batch 4, 1 threads" in out
+    assert "no kernel for dense convolution yet" in out
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["input_size"] == [4, 3, 16, 16] and list(figures["modes"]) == [mode]
+    measured = figures["modes"][mode]
+    assert len(measured["seconds_before"]) == len(measured["seconds_after"]) == 3
+    assert min(measured["seconds_before"]) > 0 and measured["ratio"] > 0
+    (depthwise,) = [layer for layer in measured["layers"] if layer["name"] == "3"]
+    assert depthwise["macs"] == 4 * 8 * 9 * 256
+    assert depthwise["kernel"] or depthwise["reason"]
+    assert (folder / "roofline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["cost", "resnet"], "name must be one of"),
+        (["cost", "mobilenet_v1", "--set", "depth=3"], "depth"),
+        (["cost", "mobilenet_v1", "--set", "width"], "--set must be NAME=VALUE, got 'width'"),
+        (["cost", "mobilenet_v1", "--input-size", "a,b"], "must be positive integers such as 1,3,224,224"),
+        (
+            ["cost", "mobilenet_v1", "--input-size", "1,4,32,32"],
+            "does not take an input of size (1, 4, 32, 32)",
+        ),
+        (["compare", "mobilenet_v1", "--input-size", "1,4,32,32"], "does not take an input of size"),
+        (["compare", "nothere.at_all:build"], "there is no module 'nothere'"),
+        (["compare", "mynetwork:nothing"], "mynetwork has no callable 'nothing'"),
+        (["compare", "mynetwork:needs"], "cannot be called without arguments"),
+        (["compare", "mynetwork:number"], "must return a torch.nn.Module, got int"),
+        (["compare", "mynetwork:build", "--set", "a=1"], "--set is for the library's networks"),
+        (["compare", "mynetwork:build", "--batch", "0"], "must be an integer of at least 1"),
+        (["compare", "mynetwork:build", "--json", "no/such/folder/x.json"], "there is no folder"),
+        (["compare", "mynetwork:build", "--backend", "gpu"], "invalid choice: 'gpu'"),
+        (["compare", "mynetwork:build", "--device", "tpu"], "--device tpu"),
+        (["frobnicate"], "invalid choice"),
+    ],
+)
+def test_mistakes_are_told(here, arguments, words):
+    status, _, errors = here(*arguments)
+    assert status == 2
+    assert words in " ".join(errors.split())
+
+
+def test_mistakes_have_no_traceback():
+    result = fastconv("compare", "nothere:build")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["python -m fastconv compare: MODEL: there is no module 'nothere'"]

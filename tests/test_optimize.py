@@ -1,0 +1,485 @@
+"""optimize, restore, report: what changes hands, what must not change, and on what proof."""
+
+import copy
+import io
+import pickle
+import random
+import sys
+
+import numpy
+import pytest
+import torch
+from cases import DEVICE
+from torch import nn
+
+import fastconv
+from fastconv.nn import DepthwiseConv2d
+
+TRIAL = sys.modules["fastconv.optimize._trial"]
+HAS_KERNEL = fastconv.available("depthwise_conv2d", DEVICE)[0] in ("cpu", "cuda")
+needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="no compiled kernel here")
+
+
+def network(multiplier=1):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8 * multiplier, 3, stride=2, padding=1, groups=8),
+        nn.Dropout(0.25),
+        nn.Conv2d(8 * multiplier, 16, 3, padding=1, groups=4),
+        nn.Conv2d(16, 16, 5, padding="same", groups=16, bias=False),
+    ).to(DEVICE)
+
+
+def images(count=2):
+    return torch.randn(count, 3, 12, 12, device=DEVICE)
+
+
+def row(model, name):
+    (found,) = [row for row in fastconv.report(model).rows if row.name == name]
+    return found
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """``times(before, after)``: every layer takes so many seconds with PyTorch, and with the kernel."""
+
+    def set_times(before, after):
+        def interleave(contenders, *_, **__):
+            for call in contenders.values():
+                call()
+            return {"before": [before], "after": [after]}
+
+        monkeypatch.setattr(TRIAL, "interleave", interleave)
+
+    set_times(2.0, 1.0)
+    return set_times
+
+
+# What stays as it was
+
+
+def test_only_the_class_changes():
+    model = network()
+    parameters, keys = list(model.parameters()), list(model.state_dict())
+    classes = [type(module) for module in model]
+    contents = [dict(module.__dict__) for module in model]
+    assert fastconv.optimize(model, backend="reference") is model
+    assert [type(model[i]) for i in (3, 6)] == [DepthwiseConv2d] * 2
+    assert [type(model[i]) for i in (0, 1, 2, 4, 5)] == [classes[i] for i in (0, 1, 2, 4, 5)]
+    assert all(a is b for a, b in zip(model.parameters(), parameters))
+    assert list(model.state_dict()) == keys
+    fastconv.restore(model)
+    assert [type(module) for module in model] == classes
+    for module, content in zip(model, contents):
+        assert module.__dict__ == content and list(module.__dict__) == list(content)
+
+
+@pytest.mark.parametrize("multiplier", [1, 3])
+def test_same_numbers(multiplier):
+    model, x = network(multiplier).eval(), images()
+    expected = model(x)
+    actual = fastconv.optimize(copy.deepcopy(model), backend="reference")(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fastconv.restore(fastconv.optimize(model, backend="reference"))(x), expected)
+
+
+def test_hooks_still_fire():
+    model, fired = network(), []
+    model[3].register_forward_pre_hook(lambda *_: fired.append("pre"))
+    model[3].register_forward_hook(lambda *_: fired.append("forward"))
+    model[3].register_full_backward_hook(lambda *_: fired.append("backward"))
+    fastconv.optimize(model, backend="reference")
+    model(images()).sum().backward()
+    assert fired == ["pre", "forward", "backward"]
+
+
+def test_optimizer_steps_the_same_parameters():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fastconv.optimize(model, backend="reference")
+    before = model[3].weight.detach().clone()
+    model(images()).square().sum().backward()
+    gradient = model[3].weight.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(model[3].weight.detach(), before - 0.1 * gradient)
+
+
+def test_training_is_the_same():
+    plain = network().double()
+    ours = fastconv.optimize(copy.deepcopy(plain), backend="reference")
+    x = images(8).double()
+    losses = []
+    for model in (plain, ours):
+        torch.manual_seed(5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        history = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = (model(x) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        losses.append(history)
+    assert losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+
+
+def test_copies_and_files_work_and_can_be_restored():
+    model, x = fastconv.optimize(network().eval(), backend="reference"), images()
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        assert type(other[3]) is DepthwiseConv2d and other[3].backend == "reference"
+        assert torch.equal(other(x), expected)
+        assert row(other, "3").kernel == "reference"
+        fastconv.restore(other)
+        assert type(other[3]) is nn.Conv2d and not hasattr(other[3], "backend")
+    plain = network()
+    plain.load_state_dict(model.state_dict())
+    model.load_state_dict(plain.state_dict())
+
+
+def test_a_model_that_is_one_layer():
+    layer = nn.Conv2d(4, 4, 3, groups=4)
+    assert type(fastconv.optimize(layer, backend="reference")) is DepthwiseConv2d
+    assert "(the model)" in str(fastconv.report(layer))
+    assert type(fastconv.restore(layer)) is nn.Conv2d
+
+
+def test_modules_of_this_library_stay():
+    model = nn.Sequential(DepthwiseConv2d(4, activation="relu"))
+    assert row(fastconv.optimize(model), "0").reason == "it is a module of this library already"
+    assert type(fastconv.restore(model)[0]) is DepthwiseConv2d
+
+
+@needs_kernel
+def test_compiles_in_one_graph():
+    model, x = network().eval(), images()
+    expected = model(x)
+    fastconv.optimize(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    compiled(x).sum().backward()
+    assert model[3].weight.grad.abs().sum() > 0
+
+
+# What does not change hands, and what the report says
+
+
+def test_reasons():
+    model = network()
+    nn.utils.parametrizations.spectral_norm(model[3])
+    model.append(nn.Linear(12, 2)).append(nn.Conv2d(1, 1, 1))
+    model.append(nn.Conv2d(2, 2, 1, groups=2, dtype=torch.complex64))
+    fastconv.optimize(model, backend="reference")
+    reasons = {row.name: row.reason for row in fastconv.report(model).rows}
+    assert reasons["0"] == reasons["8"] == "no kernel for dense convolution yet"
+    assert reasons["1"] == "no kernel for BatchNorm2d yet"
+    assert reasons["3"] == "its type is ParametrizedConv2d, not exactly Conv2d"
+    assert reasons["5"] == "no kernel for grouped convolution yet"
+    assert reasons["6"] is None and row(model, "6").kernel == "reference"
+    assert reasons["7"] == "no kernel for Linear yet"
+    assert reasons["9"] == "no kernel for complex64 weights"
+    assert type(model[3]).__name__ == "ParametrizedConv2d"
+
+
+def test_a_forward_of_its_own_is_respected():
+    model = network()
+    model[3].forward = lambda x: x[:, :, ::2, ::2]
+    fastconv.optimize(model, backend="reference")
+    assert type(model[3]) is nn.Conv2d
+    assert row(model, "3").reason == "its forward is replaced on the instance"
+
+
+def test_old_style_norms_work_by_hooks_and_are_swapped():
+    model = network().eval()
+    nn.utils.spectral_norm(model[3])
+    nn.utils.weight_norm(model[6])
+    expected = model(images())
+    torch.manual_seed(0)
+    model = network().eval()
+    nn.utils.spectral_norm(model[3])
+    nn.utils.weight_norm(model[6])
+    fastconv.optimize(model, backend="reference")
+    assert type(model[3]) is type(model[6]) is DepthwiseConv2d
+    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parametrized_after_optimize_cannot_be_restored_unseen():
+    model = fastconv.optimize(network(), backend="reference")
+    nn.utils.parametrizations.weight_norm(model[3])
+    with pytest.raises(TypeError, match="3 became a ParametrizedDepthwiseConv2d after optimize"):
+        fastconv.restore(model)
+    nn.utils.parametrize.remove_parametrizations(model[3], "weight")
+    assert type(fastconv.restore(model)[3]) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    "options, swapped",
+    [
+        ({"only": "3"}, ["3"]),
+        ({"only": ["3", "6"]}, ["3", "6"]),
+        ({"only": lambda name, module: getattr(module, "kernel_size", None) == (5, 5)}, ["6"]),
+        ({"only": nn.BatchNorm2d}, []),
+        ({"exclude": "[0-5]"}, ["6"]),
+        ({"exclude": nn.Conv2d}, []),
+        ({"only": nn.Conv2d, "exclude": "6"}, ["3"]),
+    ],
+)
+def test_only_and_exclude(options, swapped):
+    model = fastconv.optimize(network(), backend="reference", **options)
+    assert [row.name for row in fastconv.report(model).swapped] == swapped
+    assert [name for name, m in model.named_modules() if type(m) is DepthwiseConv2d] == swapped
+    for name in {"3", "6"} - set(swapped):
+        assert row(model, name).reason == "left out by only= or exclude="
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+        fastconv.optimize([])
+    with pytest.raises(ValueError, match="backend must be None or one of"):
+        fastconv.optimize(network(), backend="gpu")
+    with pytest.raises(ValueError, match="only='features.*' matches no module"):
+        fastconv.optimize(network(), only="features.*")
+    with pytest.raises(TypeError, match="exclude must be globs, types or callables, got 3"):
+        fastconv.optimize(network(), exclude=[3])
+    with pytest.raises(TypeError, match="must return floating-point tensors"):
+        fastconv.optimize(nn.Flatten(), torch.ones(2, 2, dtype=torch.int64))
+
+
+def test_a_second_call_adds_and_looks_again():
+    model = fastconv.optimize(network(), only="3", backend="reference")
+    fastconv.optimize(model, only="6", backend="aten")
+    assert (model[3].backend, model[6].backend) == ("reference", "aten")
+    assert [(row.name, row.kernel) for row in fastconv.report(model).swapped] == [
+        ("3", "reference"),
+        ("6", "aten"),
+    ]
+    fastconv.optimize(model, only="3", backend="aten")
+    assert model[3].backend == "aten"
+    fastconv.restore(model)
+    assert type(model[3]) is type(model[6]) is nn.Conv2d
+
+
+def test_named_backend_that_cannot_run():
+    name = "cuda" if DEVICE == "cpu" else "cpu"
+    model = fastconv.optimize(network(), backend=name)
+    assert not fastconv.report(model).swapped
+    assert f"backend {name!r} cannot run here" in row(model, "3").reason
+    with pytest.raises(fastconv.OptimizeError, match=f"3: .*{name}.* cannot run here"):
+        fastconv.optimize(model, backend=name, strict=True)
+
+
+# With an example: proof, time, and no traces
+
+
+def test_winners_stay_and_losers_go(times):
+    model, x = network().eval(), images()
+    fastconv.optimize(model, x, backend="reference")
+    assert type(model[3]) is type(model[6]) is DepthwiseConv2d
+    assert row(model, "3").kernel == "reference" and row(model, "3").speedup == 2.0
+    assert fastconv.report(model).parity.holds
+    times(1.0, 0.99)
+    fastconv.optimize(model, x, backend="reference")
+    assert type(model[3]) is nn.Conv2d
+    assert row(model, "3").reason == "not faster: 990.000 ms, PyTorch 1000.000 ms (reference)"
+    with pytest.raises(fastconv.OptimizeError, match="6: not faster"):
+        fastconv.optimize(model, x, backend="reference", strict=True)
+    assert type(model[3]) is nn.Conv2d
+
+
+def test_strict_leaves_the_model_as_it_was(times):
+    model = fastconv.optimize(network(), only="3", backend="reference")
+    times(1.0, 3.0)
+    with pytest.raises(fastconv.OptimizeError):
+        fastconv.optimize(model, images(), strict=True, backend="aten")
+    assert type(model[3]) is DepthwiseConv2d and model[3].backend == "reference"
+    assert type(model[6]) is nn.Conv2d
+
+
+def test_no_traces(times):
+    model, x = network().train(), images().requires_grad_()
+    model[1].eval()
+    model(x).sum().backward()
+    model[0].register_forward_hook(lambda *_: None)
+    names = [name for name, _ in model.named_buffers()]
+    state = {
+        name: (tensor, tensor.clone(), tensor._version)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    grads = [(p.grad, p.grad.clone()) for p in (*model.parameters(), x)]
+    flags = [module.training for module in model.modules()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    generators = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
+    fastconv.optimize(model, x, backend="reference")
+    assert type(model[3]) is DepthwiseConv2d
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        same, value, version = state[name]
+        assert tensor is same and torch.equal(tensor, value), name
+        assert tensor._version == version or name in names
+    for tensor, (grad, value) in zip((*model.parameters(), x), grads):
+        assert tensor.grad is grad and torch.equal(grad, value)
+    assert flags == [module.training for module in model.modules()]
+    assert hooks == [
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    ]
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert random.getstate() == generators[1]
+    assert numpy.array_equal(numpy.random.get_state()[1], generators[2])
+
+
+def test_batch_norm_in_training_mode_keeps_its_statistics(times):
+    model = network().train()
+    before = copy.deepcopy(model[1].state_dict())
+    fastconv.optimize(model, images(), backend="reference")
+    assert all(torch.equal(value, before[key]) for key, value in model[1].state_dict().items())
+
+
+@pytest.mark.parametrize("fault", ["output", "gradient"])
+def test_a_wrong_kernel_is_found(times, monkeypatch, fault):
+    right = DepthwiseConv2d._conv_forward
+
+    class WrongGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * (1 + 1e-3)
+
+    def wrong(self, input, weight, bias):
+        y = right(self, input, weight, bias)
+        if self.kernel_size != (5, 5):
+            return y
+        return y * (1 + 1e-3) if fault == "output" else WrongGradient.apply(y)
+
+    monkeypatch.setattr(DepthwiseConv2d, "_conv_forward", wrong)
+    model = fastconv.optimize(network().train(), images(), backend="reference")
+    assert type(model[3]) is DepthwiseConv2d and type(model[6]) is nn.Conv2d
+    assert f"its {fault}" in row(model, "6").reason and "is off by" in row(model, "6").reason
+    with pytest.raises(fastconv.OptimizeError, match="6: its .* is off by"):
+        fastconv.optimize(model, images(), backend="reference", strict=True)
+
+
+def test_the_whole_model_is_checked_too(times, monkeypatch):
+    right = DepthwiseConv2d._conv_forward
+    monkeypatch.setattr(DepthwiseConv2d, "_conv_forward", lambda *a: right(*a) * (1 + 1e-3))
+    monkeypatch.setattr(TRIAL.LayerTrial, "why_not_exact", lambda self: None)
+    model = fastconv.optimize(network(), images(), backend="reference")
+    assert type(model[3]) is type(model[6]) is nn.Conv2d
+    assert row(model, "3").reason.startswith("the whole model differs: outputs differ by 1")
+    assert not fastconv.report(model).parity.holds
+
+
+def test_a_kernel_that_raises_is_reported(times, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(DepthwiseConv2d, "_conv_forward", broken)
+    model = fastconv.optimize(network(), images(), backend="reference")
+    assert type(model[3]) is nn.Conv2d
+    assert row(model, "3").reason == "the kernel raised RuntimeError: out of registers"
+
+
+def test_a_model_that_raises_is_left_as_it_was():
+    model = fastconv.optimize(network(), only="3", backend="aten")
+    with pytest.raises(RuntimeError, match="channels"):
+        fastconv.optimize(model, torch.randn(1, 5, 8, 8, device=DEVICE))
+    assert model[3].backend == "aten"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_shared_layers_count_each_call(times):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+            self.again = self.layer
+            self.unused = nn.Conv2d(4, 4, 3, groups=4)
+
+        def forward(self, x, *, scale):
+            return {"y": self.again(input=self.layer(x)[..., 1:]) * scale}
+
+    model = Twice().to(DEVICE)
+    x = torch.randn(1, 4, 8, 8, device=DEVICE)
+    fastconv.optimize(model, {"x": x, "scale": 2.0}, backend="reference")
+    found = row(model, "layer")
+    assert [r.name for r in fastconv.report(model).rows] == ["layer", "unused"]
+    assert (found.calls, found.macs, found.seconds_before) == (2, 4 * 9 * (64 + 56), 4.0)
+    assert model.again is model.layer and type(model.layer) is DepthwiseConv2d
+    assert row(model, "unused").reason == "example_input does not reach it"
+    assert type(model.unused) is nn.Conv2d
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+def test_other_types_and_layouts(times, dtype, training):
+    model = network(2).to(dtype).to(memory_format=torch.channels_last).train(training)
+    x = images(4).to(dtype).to(memory_format=torch.channels_last)
+    fastconv.optimize(model, x, backend="reference", strict=True)
+    assert len(fastconv.report(model).swapped) == 2
+    assert row(model, "3").trained == training
+
+
+def test_autocast_and_no_grad(times):
+    model, x = network().eval(), images()
+    with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+        fastconv.optimize(model, x, backend="reference", strict=True)
+    assert fastconv.report(model).parity.gradient_error is None
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [False, True])
+def test_the_kernels_pass_the_proof(times, training):
+    model = fastconv.models.create("mobilenet_v1", width=0.25, num_classes=10, plain=True).to(DEVICE)
+    x = torch.randn(2, 3, 64, 64, device=DEVICE)
+    with torch.no_grad():
+        model.train()(x)
+    fastconv.optimize(model.train(training), x, strict=True)
+    report = fastconv.report(model)
+    assert len(report.swapped) == 13
+    assert all(row.kernel.split("/")[0] in ("cpu", "cuda") for row in report.swapped)
+    assert report.parity.holds and report.parity.gradient_error < 1e-3
+
+
+@needs_kernel
+def test_real_timing():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16)).to(DEVICE).train()
+    fastconv.optimize(model, torch.randn(1, 16, 16, 16, device=DEVICE))
+    found = row(model, "0")
+    assert 0 < found.seconds_before < 1 and 0 < found.seconds_after < 1
+    assert (found.kernel is not None) == (found.seconds_after < 0.98 * found.seconds_before)
+    assert found.trained and found.timed_macs == 2 * found.macs  # the input takes no gradient
+
+
+def test_report_prints(times):
+    model = fastconv.optimize(network().train(), images(), exclude="6", backend="reference")
+    report = fastconv.report(model)
+    report.ceilings = type("C", (), {"floor_time": staticmethod(lambda flops, nbytes, dtype: 0.25)})
+    text = str(report)
+    line = next(line for line in text.splitlines() if line.startswith("3 "))
+    for word in ("Conv2d", "2x8x12x12", "reference", "2000.000", "1000.000", "2.00x", "5.18 k", "25"):
+        assert word in line, word
+    assert "1 x Conv2d (62.2 k MACs): no kernel for dense convolution yet" in text
+    assert "1 swapped" in text and "whole model: outputs differ by" in text
+    found = row(model, "3")
+    assert found.macs == 2 * 8 * 9 * 36 and found.timed_macs == 3 * found.macs
+    moved_in, moved_out, own = 4 * 2 * 8 * 144, 4 * 2 * 8 * 36, 4 * (8 * 9 + 8)
+    assert found.bytes == moved_in + moved_out + own
+    assert found.timed_bytes == 3 * moved_in + 2 * moved_out + 3 * own
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=160, file=io.StringIO())
+    console.print(report)
+    assert "reference" in console.file.getvalue()
+    assert report.as_dict()["layers"][2]["kernel"] == "reference"
+
+
+def test_report_of_a_model_never_seen():
+    rows = {row.name: row.reason for row in fastconv.report(network()).rows}
+    assert rows["3"] == "not optimized" and rows["0"] == "no kernel for dense convolution yet"
