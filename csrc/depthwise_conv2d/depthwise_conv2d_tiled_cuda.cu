@@ -16,7 +16,7 @@ namespace fastconv {
 namespace {
 
 template <typename T, int K, int S, bool ChannelsLast>
-__global__ void __launch_bounds__(tiled_threads)
+__global__ void __launch_bounds__(tiled_threads, 1)
     depthwise_conv2d_tiled_forward_kernel(Source<T> input,               // (N, C, H, W)
                                           const T* __restrict__ weight,  // (C, K, K)
                                           const T* __restrict__ bias,    // (C) or null
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(tiled_threads)
 constexpr int rows_per_thread = 8;
 
 template <typename T, bool Dense, bool ChannelsLast>
-__global__ void __launch_bounds__(tiled_threads)
+__global__ void __launch_bounds__(tiled_threads, 1)
     depthwise_conv2d_tiled_any_forward_kernel(Source<T> input,               // (N, C, H, W)
                                               const T* __restrict__ weight,  // (O, KH, KW)
                                               const T* __restrict__ bias,    // (O) or null
@@ -218,7 +218,7 @@ bool convolve(const T* input, const T* weight, const T* bias, T* output, const D
                     grid_size(tile_count(t, s.batch, ChannelsLast)), t.threads, t.shared_bytes, stream, source, weight,
                     bias, output, s, t, activation, turned);
   };
-  if (dispatch_walk(s, walk)) return true;
+  if (dispatch_walk<T>(s, walk)) return true;
 
   Tiling t;
   if (!any_tiling(t, source, s.channels_last, s.out_height, s.out_width,

@@ -253,16 +253,28 @@ inline int64_t tile_count(const Tiling& t, int64_t images, bool channels_last) {
   return t.groups * t.row_tiles * t.column_tiles * (channels_last ? images : 1);
 }
 
+// Whether a type has kernels with a compiled-in kernel size. On a GPU float64 goes without, to save compile time; in
+// the emulator it has them, so that numerical gradients check these very kernels.
+#if defined(FASTCONV_EMULATOR)
+template <typename T>
+constexpr bool compiled_in = true;
+#else
+template <typename T>
+constexpr bool compiled_in = sizeof(T) < 8;
+#endif
+
 // Calls launch<K, S, ChannelsLast>() if such a kernel is compiled in.
-template <typename Launch>
+template <typename T, typename Launch>
 bool dispatch_walk(const DepthwiseConv2dShape& s, const Launch& launch) {
-  if (s.kernel_height != s.kernel_width || s.stride_height != s.stride_width || s.dilation_height != 1 ||
-      s.dilation_width != 1 || s.multiplier() != 1)
+  if (!compiled_in<T> || s.kernel_height != s.kernel_width || s.stride_height != s.stride_width ||
+      s.dilation_height != 1 || s.dilation_width != 1 || s.multiplier() != 1)
     return false;
   const auto with = [&]<int K, int S>() {
     if (s.kernel_height != K || s.stride_height != S) return false;
-    if (s.channels_last) launch.template operator()<K, S, true>();
-    else launch.template operator()<K, S, false>();
+    if constexpr (compiled_in<T>) {
+      if (s.channels_last) launch.template operator()<K, S, true>();
+      else launch.template operator()<K, S, false>();
+    }
     return true;
   };
   return with.template operator()<3, 1>() || with.template operator()<3, 2>() || with.template operator()<5, 1>() ||

@@ -18,7 +18,7 @@ namespace {
 // Pixel S * t + p - padding, 0 <= p < S, is sum over a of grad_output[t - a] * weight[a * S + p]: for each p a
 // convolution with every S-th tap. Rows and columns of tiles and walks are counted in t.
 template <typename T, int K, int S, bool ChannelsLast>
-__global__ void __launch_bounds__(tiled_threads)
+__global__ void __launch_bounds__(tiled_threads, 1)
     depthwise_conv2d_tiled_grad_input_kernel(Source<T> grad_output,         // (N, C, E, F)
                                              const T* __restrict__ weight,  // (C, K, K)
                                              T* __restrict__ grad_input,    // (N, C, H, W)
@@ -98,7 +98,7 @@ struct TapStep {
 
 // Any kernel size, stride, dilation and multiplier.
 template <typename T, bool ChannelsLast>
-__global__ void __launch_bounds__(tiled_threads)
+__global__ void __launch_bounds__(tiled_threads, 1)
     depthwise_conv2d_tiled_any_grad_input_kernel(Source<T> grad_output,         // (N, O, E, F)
                                                  const T* __restrict__ weight,  // (O, KH, KW)
                                                  T* __restrict__ grad_input,    // (N, C, H, W)
@@ -171,7 +171,7 @@ void depthwise_conv2d_tiled_grad_input_cuda(const T* grad_output, const T* weigh
   if (depthwise_conv2d_turned_forward_cuda(grad_output, weight, grad_input, s, stream)) return;
   const Source<T> source{grad_output, s.batch, s.out_channels, int(s.out_height), int(s.out_width)};
   if (s.stride_height == 2) {
-    const bool done = dispatch_walk(s, [&]<int K, int S, bool ChannelsLast>() {
+    const bool done = dispatch_walk<T>(s, [&]<int K, int S, bool ChannelsLast>() {
       if constexpr (S == 2) {
         const int rows = int((s.in_height - 1 + s.padding_top) / S - s.padding_top / S + 1);
         const int columns = int((s.in_width - 1 + s.padding_left) / S - s.padding_left / S + 1);

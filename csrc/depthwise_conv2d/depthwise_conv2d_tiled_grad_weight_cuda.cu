@@ -23,7 +23,7 @@ int64_t slice_count(const DepthwiseConv2dShape& s) {
 }
 
 template <typename T, int K, int S, bool ChannelsLast>
-__global__ void __launch_bounds__(tiled_threads)
+__global__ void __launch_bounds__(tiled_threads, 1)
     depthwise_conv2d_tiled_grad_weight_kernel(const T* __restrict__ grad_output,           // (N, C, E, F)
                                               Source<T> input,                             // (N, C, H, W)
                                               accumulate_t<T>* __restrict__ partial_sums,  // (slices, C, K * K + 1)
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(tiled_threads)
   constexpr int Columns = ChannelsLast ? 4 : 1, Live = (K + S - 1) / S, Span = (Columns - 1) * S + K;
   constexpr int Warps = tiled_threads / 32;
   FASTCONV_DYNAMIC_SHARED(T, tile);
-  __shared__ A warp_sums[2][Warps][32];
+  __shared__ A warp_sums[K][Warps][32];
   const int out_rows = int(s.out_height), out_columns = int(s.out_width);
   const int64_t step_column = ChannelsLast ? s.out_channels : 1, step_row = out_columns * step_column;
   const int warps = int(blockDim.x) / 32, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
@@ -107,24 +107,30 @@ __global__ void __launch_bounds__(tiled_threads)
     }
   }
 
-  // Over the block. channels_last: each lane has its channel, so over warps; else over all threads.
+  // Over the block, one row of the filter after another, and the bias as a last one. channels_last: each lane has its
+  // channel, so over warps; else over all threads.
   A* const target = partial_sums + blockIdx.y * s.out_channels * (K * K + 1);
 #pragma unroll
-  for (int tap = 0; tap <= K * K; ++tap) {
-    A sum = tap < K * K ? sums[tap < K * K ? tap / K : 0][tap % K] : bias_sum;
-    A(&both)[Warps][32] = warp_sums[tap % 2];  // two, so that one barrier a tap is enough
-    if constexpr (!ChannelsLast) {
+  for (int i = 0; i <= K; ++i) {
+    const int count = i < K ? K : 1;
 #pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    for (int j = 0; j < count; ++j) {
+      A sum = i < K ? sums[i < K ? i : 0][j] : bias_sum;
+      if constexpr (!ChannelsLast) {
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+      }
+      store_shared(&warp_sums[j][warp][lane], sum, ChannelsLast || lane == 0);
     }
-    store_shared(&both[warp][lane], sum, ChannelsLast || lane == 0);
     __syncthreads();
-    const int64_t channel = ChannelsLast ? int64_t(blockIdx.x) * 32 + lane : blockIdx.x;
-    if (warp == 0 && (ChannelsLast ? channel < s.out_channels : lane == 0)) {
+    for (int j = warp; j < count; j += warps) {
+      const int64_t channel = ChannelsLast ? int64_t(blockIdx.x) * 32 + lane : blockIdx.x;
+      const bool exists = ChannelsLast ? channel < s.out_channels : lane == 0;
       A total = 0;
-      for (int other = 0; other < warps; ++other) total += load_shared(&both[other][lane]);
-      store_global(target + channel * (K * K + 1) + tap, total);
+      for (int other = 0; other < warps; ++other) total += load_shared(&warp_sums[j][other][lane], exists);
+      store_global(target + channel * (K * K + 1) + i * K + j, total, exists);
     }
+    __syncthreads();
   }
 }
 
@@ -133,7 +139,7 @@ __global__ void __launch_bounds__(tiled_threads)
 constexpr int taps_per_warp = 8;
 
 template <typename T, bool ChannelsLast>
-__global__ void __launch_bounds__(tiled_threads)
+__global__ void __launch_bounds__(tiled_threads, 1)
     depthwise_conv2d_tiled_any_grad_weight_kernel(const T* __restrict__ grad_output,  // (N, O, E, F)
                                                   const T* __restrict__ input,        // (N, C, H, W)
                                                   accumulate_t<T>* __restrict__ partial_sums,
@@ -246,7 +252,7 @@ void depthwise_conv2d_tiled_grad_weight_cuda(const T* grad_output, const T* inpu
                     dim3(grid_size(columns), unsigned(slices)), t.threads, t.shared_bytes, stream, grad_output, source,
                     workspace, s, t, tiles);
   };
-  if (empty || !dispatch_walk(s, walk)) {
+  if (empty || !dispatch_walk<T>(s, walk)) {
     const int64_t parts = s.kernel_height * ceil_div(s.kernel_width, taps_per_warp) + 1;
     const int64_t items = (s.channels_last ? ceil_div(s.out_channels, 32) : s.out_channels) * parts;
     const dim3 grid(grid_size(ceil_div(items * 32, tiled_threads)), unsigned(slices));
