@@ -51,11 +51,12 @@ def table(result: dict) -> Table:
     """Every contender of every group, for ``rich``."""
     shown = Table(
         title=f"{result['op']} on {result['device']}, {result['dtype']}",
-        caption="blue: the limit; x best, x same: against PyTorch in its best layout, and in the same one",
+        caption="blue: the limit. x best, x same: against PyTorch in its best layout, in the same",
         box=box.SIMPLE_HEAD,
+        padding=(0, 0),
     )
-    shown.add_column("", no_wrap=True)
-    for name in ("ms", "GFLOP/s", "GB/s", "% limit", "x best", "x same", "error"):
+    shown.add_column("")
+    for name in ("ms", "GFLOP/s", "% limit", "x best", "x same", "error"):
         shown.add_column(name, justify="right", no_wrap=True)
     for group in result["groups"]:
         limit = f"{group['floor_seconds'] * 1e3:.3f}"
@@ -84,11 +85,26 @@ def _cells(contender: dict) -> list[str]:
     return [
         f"{contender['seconds'] * 1e3:.3f}",
         f"{contender['gflops']:.1f}",
-        f"{contender['gbytes']:.1f}",
         f"{contender['percent_of_limit']:.0f}",
         *("-" if value is None else f"{value:.2f}" for value in ratios),
         f"{contender['max_error']:.0e}",
     ]
+
+
+def doubts(result: dict) -> list[str]:
+    """What makes the figures doubtful: other programs that ran beside, and times below the floor."""
+    found = []
+    if result["load"] > result["threads"] + 1:
+        found.append(f"the machine was busy with other work: load {result['load']:.1f}")
+    over = [
+        f"{contender['name']} of {group['layer']} {group['pass']}"
+        for group in result["groups"]
+        for contender in group["contenders"]
+        if contender["seconds"] and contender["percent_of_limit"] > 105
+    ]
+    if over:
+        found.append(f"above the measured limit, which must then be too low: {', '.join(over)}")
+    return found
 
 
 def _style(contender: dict) -> str | None:
@@ -130,6 +146,7 @@ def _machine(result: dict) -> str:
         f"{_rate(ceilings.flops_per_second)} of float32 multiply-adds, "
         f"{ceilings.bytes_per_second / 1e9:.0f} GB/s of copying{in_cache}. {versions}; "
         f"commit {result['commit'] or 'unknown'}, {result['date'][:10]}."
+        + "".join(f" **{doubt}.**" for doubt in doubts(result))
     )
 
 

@@ -320,6 +320,17 @@ def test_report_shows_goals_won_and_lost(result):
     assert "| **1.50x** | >= 1.1x | 1.50x | >= 2.2x |" in text
 
 
+def test_report_says_what_is_doubtful(result):
+    quiet, busy = copy.deepcopy(result), copy.deepcopy(result)
+    for one, load, percent in ((quiet, 2.0, 100.0), (busy, 3.5, 106.0)):
+        one["load"] = load
+        for contender in one["groups"][0]["contenders"]:
+            contender["percent_of_limit"] = percent
+    assert report.doubts(quiet) == []
+    assert "load 3.5" in report.doubts(busy)[0] and "torch nchw of tiny forward" in report.doubts(busy)[1]
+    assert "**the machine was busy" in report.markdown([busy])
+
+
 def test_report_sums_a_network_in_one_layout():
     def group(layout_times, count):
         contenders = [

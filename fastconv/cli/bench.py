@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         if args.json or args.save:
             console.print(f"raw results: {results.save(result, args.json)}")
         refused += report.refusals(result)
+        for doubt in report.doubts(result):
+            console.print(doubt, style="yellow", markup=False)
     for line in refused:
         console.print(f"refused: {line}", style="red", markup=False)
     return 1 if refused else 0
