@@ -1,0 +1,412 @@
+"""The CUDA emulator itself: small kernels, compiled here, whose results and costs arithmetic can tell."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastconv import emulator
+
+ROOT = Path(__file__).resolve().parents[1]
+CXX = os.environ.get("CXX", "c++")
+pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"there is no C++ compiler ({CXX})")
+
+PRELUDE = (
+    f'#include "{ROOT}/csrc/common/cuda.h"\n'
+    + r"""
+#include <cstdio>
+#include <vector>
+using namespace fastconv;
+
+#define FASTCONV_TEST(name) extern "C" __attribute__((visibility("default"))) const char* name
+template <typename Body>
+const char* message_of(const Body& body) {  // the error that a launch ends with
+  static std::string message;
+  message.clear();
+  try { body(); } catch (const std::exception& error) { message = error.what(); }
+  return message.c_str();
+}
+"""
+)
+
+KERNELS = r"""
+// A tree in shared memory: wrong unless each barrier holds every thread.
+template <typename T, int N>
+__global__ void __launch_bounds__(N) block_sum_kernel(const T* x, T* y) {
+  __shared__ T sums[N];
+  sums[threadIdx.x] = x[blockIdx.x * N + threadIdx.x];
+  __syncthreads();
+  for (int half = N / 2; half > 0; half /= 2) {
+    const T other = int(threadIdx.x) < half ? sums[threadIdx.x + half] : T(0);
+    __syncthreads();
+    sums[threadIdx.x] += other;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) y[blockIdx.x] = sums[0];
+}
+FASTCONV_TEST(block_sum)(const double* x, double* y, int blocks) {
+  return message_of([&] { FASTCONV_LAUNCH((block_sum_kernel<double, 64>), blocks, 64, 0, nullptr, x, y); });
+}
+
+// Each lane tells what every warp function gives it.
+__global__ void warp_kernel(int* y) {
+  const int lane = threadIdx.x % 32, at = threadIdx.x;
+  const unsigned all = 0xffffffff;
+  const int n = blockDim.x;
+  y[0 * n + at] = __shfl_sync(all, lane * 10, 5);
+  y[1 * n + at] = __shfl_sync(all, lane * 10, 3, 8);
+  y[2 * n + at] = __shfl_up_sync(all, lane, 2);
+  y[3 * n + at] = __shfl_down_sync(all, lane, 2, 16);
+  y[4 * n + at] = __shfl_xor_sync(all, lane, 16);
+  y[5 * n + at] = int(__ballot_sync(all, lane % 3 == 0));
+  y[6 * n + at] = __any_sync(all, lane == 31) * 2 + __all_sync(all, lane < 31);
+  if (lane < 8) y[7 * n + at] = __shfl_xor_sync(0xff, lane, 1);  // a part of the warp
+  __syncwarp();
+  y[8 * n + at] = at / 32;
+}
+FASTCONV_TEST(warp)(int* y, int threads) {
+  return message_of([&] { FASTCONV_LAUNCH(warp_kernel, 1, threads, 0, nullptr, y); });
+}
+
+__global__ void atomics_kernel(int* counts, float* sum, unsigned* largest) {
+  atomicAdd(&counts[threadIdx.x % 4], 1);
+  atomicAdd(sum, 0.5f);
+  atomicMax(largest, threadIdx.x + blockIdx.x * blockDim.x);
+}
+FASTCONV_TEST(atomics)(int* counts, float* sum, unsigned* largest) {
+  return message_of([&] {
+    FASTCONV_LAUNCH(atomics_kernel, dim3(2, 3), dim3(8, 4, 2), 0, nullptr, counts, sum, largest);
+  });
+}
+
+// Every thread's place, in the order of a GPU.
+__global__ void places_kernel(int* y) {
+  const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  y[block * blockDim.x * blockDim.y * blockDim.z + thread] = block * 1000 + thread;
+}
+FASTCONV_TEST(places)(int* y) {
+  return message_of([&] { FASTCONV_LAUNCH(places_kernel, dim3(2, 2, 2), dim3(3, 2, 2), 0, nullptr, y); });
+}
+
+// Dynamic shared memory starts a block as NaN, whatever the block before has left.
+__global__ void fresh_kernel(float* y) {
+  FASTCONV_DYNAMIC_SHARED(float, values);
+  y[blockIdx.x * 32 + threadIdx.x] = values[threadIdx.x];
+  values[threadIdx.x] = 1;
+}
+FASTCONV_TEST(fresh)(float* y) {
+  return message_of([&] { FASTCONV_LAUNCH(fresh_kernel, 2, 32, 32 * sizeof(float), nullptr, y); });
+}
+
+__global__ void divergent_barrier_kernel() {
+  if (threadIdx.x < 40) __syncthreads();
+}
+__global__ void two_barriers_kernel() {
+  if (threadIdx.x < 32)
+    __syncthreads();
+  else
+    __syncthreads();
+}
+__global__ void missing_lane_kernel(int* y) {
+  if (threadIdx.x != 7) y[threadIdx.x] = __shfl_xor_sync(0xffffffff, 1, 1);
+  else __syncthreads();
+}
+__global__ void outside_mask_kernel(int* y) { y[threadIdx.x] = __any_sync(0xf, 1); }
+__global__ void absent_source_kernel(int* y) {
+  if (threadIdx.x < 4) y[threadIdx.x] = __shfl_sync(0xf, 1, 4);
+}
+__global__ void throwing_kernel() {
+  if (threadIdx.x == 3) throw std::runtime_error("from a thread");
+  __syncthreads();
+}
+FASTCONV_TEST(mistake)(int which, int* y) {
+  return message_of([&] {
+    if (which == 0) FASTCONV_LAUNCH(divergent_barrier_kernel, 3, 64, 0, nullptr);
+    if (which == 1) FASTCONV_LAUNCH(two_barriers_kernel, 1, 64, 0, nullptr);
+    if (which == 2) FASTCONV_LAUNCH(missing_lane_kernel, 1, 32, 0, nullptr, y);
+    if (which == 3) FASTCONV_LAUNCH(outside_mask_kernel, 1, 32, 0, nullptr, y);
+    if (which == 4) FASTCONV_LAUNCH(absent_source_kernel, 1, 32, 0, nullptr, y);
+    if (which == 5) FASTCONV_LAUNCH(throwing_kernel, 1, 32, 0, nullptr);
+    if (which == 6) FASTCONV_LAUNCH(throwing_kernel, 1, 2048, 0, nullptr);
+    if (which == 7) FASTCONV_LAUNCH(throwing_kernel, dim3(1, 70000), 32, 0, nullptr);
+    if (which == 8) FASTCONV_LAUNCH(throwing_kernel, 1, 32, 300000, nullptr);
+  });
+}
+
+// Lane i touches value i * stride, of 4, 8 or 16 bytes.
+template <typename T>
+__global__ void strided_kernel(const T* x, T* y, int stride, int lanes) {
+  FASTCONV_DYNAMIC_SHARED(T, values);
+  const bool active = int(threadIdx.x) < lanes;
+  const T value = load_global(x + threadIdx.x * stride, active);
+  store_shared(values + threadIdx.x * stride, value, active);
+  store_global(y + threadIdx.x, load_shared(values + threadIdx.x * stride, active), active);
+}
+template <typename T>
+void strided(int stride, int lanes) {
+  alignas(128) static unsigned char x[32 * 33 * 16], y[32 * 16];
+  FASTCONV_LAUNCH(strided_kernel<T>, 1, 32, 32 * stride * sizeof(T), nullptr, reinterpret_cast<const T*>(x),
+                  reinterpret_cast<T*>(y), stride, lanes);
+}
+FASTCONV_TEST(strided_access)(int bytes, int stride, int lanes) {
+  return message_of([&] {
+    if (bytes == 4) strided<float>(stride, lanes);
+    if (bytes == 8) strided<double>(stride, lanes);
+    if (bytes == 16) strided<float4>(stride, lanes);
+  });
+}
+// Lanes skip different rounds of a loop: round i of one lane belongs to round i of the others all the same.
+__global__ void ragged_kernel(const float* x, float* y) {
+  float sum = 0;
+  for (int i = 0; i < 4; ++i) sum += load_global(x + i * 32 + threadIdx.x, (threadIdx.x + i) % 2 == 0);
+  y[threadIdx.x] = sum;
+}
+FASTCONV_TEST(ragged)(float* y) {
+  alignas(128) static float x[128];
+  return message_of([&] { FASTCONV_LAUNCH(ragged_kernel, 1, 32, 0, nullptr, x, y); });
+}
+"""
+
+
+def compile_cuda(source: Path, target: Path, *flags: str) -> None:
+    objects = sorted((ROOT / "csrc/emulator").glob("*.cpp"))
+    subprocess.run(
+        [CXX, "-std=c++20", "-O1", "-g", "-fvisibility=hidden", "-DFASTCONV_EMULATOR"]
+        + [
+            f"-I{ROOT}/csrc/emulator",
+            *flags,
+            *map(str, objects),
+            "-x",
+            "c++",
+            str(source),
+            "-o",
+            str(target),
+        ],
+        check=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """The kernels above as a library, and with the emulator's counters."""
+    folder = tmp_path_factory.mktemp("emulator")
+    (folder / "kernels.cu").write_text(PRELUDE + KERNELS)
+    compile_cuda(folder / "kernels.cu", folder / "libkernels.so", "-shared", "-fPIC")
+    return emulator._bind(folder / "libkernels.so")
+
+
+def run(function, *arguments) -> str:
+    function.restype = ctypes.c_char_p
+    return function(*arguments).decode()
+
+
+def test_barriers_and_static_shared_memory(kernels):
+    x, y = (ctypes.c_double * 256)(*range(256)), (ctypes.c_double * 4)()
+    assert run(kernels.block_sum, x, y, 4) == ""
+    assert list(y) == [sum(range(64 * b, 64 * b + 64)) for b in range(4)]
+
+
+@pytest.mark.parametrize("threads", [32, 96])
+def test_warp_functions(kernels, threads):
+    y = (ctypes.c_int * (9 * threads))()
+    assert run(kernels.warp, y, threads) == ""
+    rows = [list(y[i * threads : (i + 1) * threads]) for i in range(9)]
+    lanes = [i % 32 for i in range(threads)]
+    assert rows[0] == [50] * threads
+    assert rows[1] == [(lane // 8 * 8 + 3) * 10 for lane in lanes]
+    assert rows[2] == [max(lane - 2, 0) if lane >= 2 else lane for lane in lanes]
+    assert rows[3] == [lane + 2 if lane % 16 < 14 else lane for lane in lanes]
+    assert rows[4] == [lane ^ 16 for lane in lanes]
+    ballot = sum(1 << lane for lane in range(0, 32, 3))
+    assert rows[5] == [ctypes.c_int(ballot).value] * threads
+    assert rows[6] == [2] * threads
+    assert rows[7] == [lane ^ 1 if lane < 8 else 0 for lane in lanes]
+    assert rows[8] == [i // 32 for i in range(threads)]
+
+
+def test_atomics(kernels):
+    counts, total, largest = (ctypes.c_int * 4)(), ctypes.c_float(), ctypes.c_uint()
+    assert run(kernels.atomics, counts, ctypes.byref(total), ctypes.byref(largest)) == ""
+    assert list(counts) == [6 * 64 / 4] * 4
+    assert total.value == 6 * 64 * 0.5
+    assert largest.value == 1 * 8 + 7
+
+
+def test_places_of_threads_and_blocks(kernels):
+    y = (ctypes.c_int * 96)()
+    assert run(kernels.places, y) == ""
+    assert list(y) == [block * 1000 + thread for block in range(8) for thread in range(12)]
+
+
+def test_dynamic_shared_memory_starts_as_nan(kernels):
+    y = (ctypes.c_float * 64)()
+    assert run(kernels.fresh, y) == ""
+    assert all(value != value for value in y)
+
+
+MISTAKES = {
+    0: [
+        "divergent_barrier_kernel",
+        "block (0, 0, 0)",
+        "24 have returned",
+        "40 wait in __syncthreads",
+        "kernels.cu:",
+    ],
+    1: ["two_barriers_kernel", "__syncthreads at kernels.cu:", "thread (0, 0, 0)", "thread (63, 0, 0)"],
+    2: ["missing_lane_kernel", "31 wait in __shfl_xor_sync", "1 wait in __syncthreads", "thread (7, 0, 0)"],
+    3: ["outside_mask_kernel", "thread (4, 0, 0)", "__any_sync", "leaves it out"],
+    4: ["absent_source_kernel", "__shfl_sync", "reads lane 4"],
+    5: ["from a thread"],
+    6: ["throwing_kernel", "a GPU refuses this launch", "2048"],
+    7: ["throwing_kernel", "a GPU refuses this launch", "70000"],
+    8: ["throwing_kernel", "a GPU refuses this launch", "300000 bytes"],
+}
+
+
+@pytest.mark.parametrize("which", MISTAKES)
+def test_mistakes_are_named(kernels, which):
+    y = (ctypes.c_int * 64)()
+    message = run(kernels.mistake, which, y)
+    for words in MISTAKES[which]:
+        assert words in message
+    # and the emulator goes on as before
+    test_warp_functions(kernels, 32)
+
+
+def count(kernels, function, *arguments) -> dict:
+    kernels.fastconv_emulator_reset()
+    kernels.fastconv_emulator_count(1)
+    try:
+        assert run(function, *arguments) == ""
+    finally:
+        kernels.fastconv_emulator_count(0)
+    (values,) = emulator._read(kernels).values()
+    return values
+
+
+# bytes of a value, stride in values, lanes -> sectors of the load, wavefronts of one shared access
+# A sector has 32 bytes; a wavefront serves 32 banks of 4 bytes, so it serves 8 lanes of 16 bytes.
+COSTS = {
+    (4, 1, 32): (4, 1),
+    (4, 2, 32): (8, 2),
+    (4, 8, 32): (32, 8),
+    (4, 32, 32): (32, 32),
+    (4, 33, 32): (32, 1),
+    (4, 3, 32): (12, 1),
+    (4, 32, 5): (5, 5),
+    (8, 1, 32): (8, 2),
+    (8, 2, 32): (16, 4),
+    (16, 1, 32): (16, 4),
+    (16, 2, 32): (32, 8),
+    (4, 1, 8): (1, 1),
+}
+
+
+@pytest.mark.parametrize("bytes_, stride, lanes", COSTS)
+def test_counters_are_what_arithmetic_says(kernels, bytes_, stride, lanes):
+    sectors, wavefronts = COSTS[bytes_, stride, lanes]
+    values = count(kernels, kernels.strided_access, bytes_, stride, lanes)
+    assert values["launches"] == values["blocks"] == 1
+    assert values["threads"] == 32
+    assert values["global_load_requests"] == 1
+    assert values["global_load_bytes"] == values["global_store_bytes"] == lanes * bytes_
+    assert values["global_load_sectors"] == sectors
+    assert values["load_efficiency"] == lanes * bytes_ / (32 * sectors)
+    assert values["global_store_sectors"] == max(lanes * bytes_ // 32, 1)
+    turns = -(-lanes * bytes_ // 128)  # without conflicts
+    assert values["shared_requests"] == 2
+    assert values["shared_wavefronts"] == 2 * wavefronts
+    assert values["bank_conflicts"] == 2 * (wavefronts - turns)
+
+
+def test_a_skipped_access_does_not_shift_the_others(kernels):
+    values = count(kernels, kernels.ragged, (ctypes.c_float * 32)())
+    assert values["global_load_requests"] == 4
+    assert values["global_load_sectors"] == 16
+    assert values["global_load_bytes"] == 4 * 16 * 4
+
+
+def test_nothing_is_counted_unless_asked(kernels):
+    kernels.fastconv_emulator_reset()
+    assert run(kernels.ragged, (ctypes.c_float * 32)()) == ""
+    assert emulator._read(kernels) == {}
+
+
+SANITIZED = r"""
+__global__ void copy_kernel(const float* x, float* y, int count, int shared_count) {
+  FASTCONV_DYNAMIC_SHARED(float, values);
+  __shared__ float fixed[32];
+  const bool active = int(threadIdx.x) < count;
+  if (int(threadIdx.x) < shared_count) values[threadIdx.x] = load_global(x + threadIdx.x, active);
+  fixed[threadIdx.x % 32] = 1;
+  __syncthreads();
+  float sum = fixed[31] - 1;
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+  if (active) store_global(y + threadIdx.x, values[threadIdx.x] + sum);
+}
+__global__ void fixed_kernel(float* y, int last) {
+  __shared__ float fixed[32];
+  fixed[int(threadIdx.x) == 31 ? last : int(threadIdx.x)] = 1;
+  __syncthreads();
+  y[threadIdx.x] = fixed[31 - threadIdx.x];
+}
+__global__ void stuck_kernel() {
+  volatile int frame[64] = {};  // is left on the fiber's stack
+  if (threadIdx.x != 5) __syncthreads();
+  frame[threadIdx.x] = 1;
+}
+void copy(const float* x, float* y, int threads, int count, int shared_count) {
+  FASTCONV_LAUNCH(copy_kernel, 4, threads, shared_count * 4, nullptr, x, y, count, threads);
+}
+int main(int, char** arguments) {
+  const std::string which = arguments[1];
+  std::vector<float> x(64, 3), y(64);
+  for (int i = 0; which == "deadlock" && i < 2; ++i) {
+    if (std::string(message_of([] { FASTCONV_LAUNCH(stuck_kernel, 1, 64, 0, nullptr); })).empty()) return 1;
+    copy(x.data(), y.data(), 64, 64, 64);
+  }
+  if (which == "right") copy(x.data(), y.data(), 64, 64, 64);
+  if (which == "shared") copy(x.data(), y.data(), 64, 64, 63);
+  if (which == "load") copy(x.data(), y.data(), 96, 65, 96);
+  if (which == "static") FASTCONV_LAUNCH(fixed_kernel, 1, 32, 0, nullptr, y.data(), 32);
+  std::puts("done");
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sanitized")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    (folder / "probe.cpp").write_text("int main() {}\n")
+    probe = subprocess.run(
+        [CXX, *flags, str(folder / "probe.cpp"), "-o", str(folder / "probe")], capture_output=True
+    )
+    if probe.returncode != 0 or subprocess.run([folder / "probe"]).returncode != 0:
+        pytest.skip(f"{CXX} has no address sanitizer here")
+    (folder / "kernels.cu").write_text(PRELUDE + SANITIZED)
+    compile_cuda(folder / "kernels.cu", folder / "kernels", *flags)
+    return folder / "kernels"
+
+
+@pytest.mark.parametrize(
+    "which, words",
+    [
+        ("right", None),
+        ("deadlock", None),
+        ("shared", "heap-buffer-overflow"),
+        ("load", "heap-buffer-overflow"),
+        ("static", "out of bounds"),
+    ],
+)
+def test_sanitizers_see_a_step_outside(sanitized, which, words):
+    result = subprocess.run([sanitized, which], capture_output=True, text=True)
+    if words is None:
+        assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+    else:
+        assert result.returncode != 0
+        assert words in result.stderr
