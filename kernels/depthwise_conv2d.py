@@ -192,7 +192,7 @@ def _grad_weight(grad_output, input, weight, stride, padding, dilation, algorith
         # One warp holds all pixels of a channel where they are lanes, and adds them up in registers.
         tiling = _tiling(
             grad_output, weight, tap_rows, stride,
-            most_rows=4 if taps <= 25 else 2, most_pixels=32, across_images=False,
+            most_rows=4 if taps <= 25 else max(1, 4 // input.itemsize), most_pixels=32, across_images=False,
         )  # fmt: skip
         blocks = _blocks(grad_output, tiling)
         length = batch * blocks[0] * blocks[1]
