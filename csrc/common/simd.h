@@ -94,6 +94,25 @@ inline void store_vector(Float16* target, Vector<float> value) {
 #endif
 }
 
+// Asks for a cache line that will be written.
+inline void prefetch_for_write(const void* address) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(address)));
+#else
+  __builtin_prefetch(address, 1, 3);
+#endif
+}
+
+// Makes the compiler load a value once and keep it, where it would fold the load into every use.
+template <typename V>
+inline __attribute__((always_inline)) void keep_in_register(V& value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#endif
+}
+
 // Swaps lanes and vectors: rows[i][k] <-> rows[k][i]; log2(lanes) rounds of two-source shuffles.
 template <typename A>
 inline void transpose(Vector<A> (&rows)[lanes_of<A>]) {

@@ -75,24 +75,128 @@ Geometry grad_input_geometry(const DepthwiseConv2dShape& s) {
   return g;
 }
 
-// Adds a row of J taps, one pixel apart, to P outputs, S pixels apart. `first` is the column of input[0]; columns
-// outside [0, width) are zero and are looked for only where Edge.
-template <int J, int S, int P, bool Edge, typename A>
-inline __attribute__((always_inline)) void add_taps(Vector<A> (&sum)[P], const A* input, int64_t pixel_stride,
-                                                    const A* taps, int64_t first, int64_t width) {
+// Adds a row of the input to P outputs, S pixels apart, in each of R output rows: row q meets the J taps at taps[q],
+// one pixel apart. `first` is the column of input[0]; only if Edge may columns lie outside [0, width), as zeros.
+template <int J, int S, int P, int R, bool Edge, typename A>
+inline __attribute__((always_inline)) void add_taps(Vector<A> (*sum)[P], const A* input, int64_t pixel_stride,
+                                                    const A* const (&taps)[R], int64_t first, int64_t width) {
   constexpr int L = lanes_of<A>;
-  Vector<A> tap[J];
+  alignas(64) static const A zeros[L] = {};
+  Vector<A> tap[R][J];
+#pragma GCC unroll 2
+  for (int q = 0; q < R; ++q)
 #pragma GCC unroll 8
-  for (int j = 0; j < J; ++j) tap[j] = load_vector(taps + j * L);
+    for (int j = 0; j < J; ++j) tap[q][j] = load_vector(taps[q] + j * L);
 #pragma GCC unroll 32
   for (int p = 0; p < (P - 1) * S + J; ++p) {
     if (S > J && p % S >= J) continue;  // no tap reaches it
-    if (Edge && uint64_t(first + p) >= uint64_t(width)) continue;
-    const Vector<A> x = load_vector(input + p * pixel_stride);
+    const A* pixel = input + p * pixel_stride;
+    if constexpr (Edge) {
+      const bool inside = uint64_t(first + p) < uint64_t(width);
+      if (J * R >= 5 && !inside) continue;  // many products saved for one jump
+      pixel = inside ? pixel : zeros;
+    }
+    Vector<A> x = load_vector(pixel);
+    keep_in_register(x);
+#pragma GCC unroll 2
+    for (int q = 0; q < R; ++q)
 #pragma GCC unroll 8
-    for (int j = 0; j < J; ++j)
-      if (p >= j && (p - j) % S == 0 && (p - j) / S < P) sum[(p - j) / S] += x * tap[j];
+      for (int j = 0; j < J; ++j)
+        if (p >= j && (p - j) % S == 0 && (p - j) / S < P) sum[q][(p - j) / S] += x * tap[q][j];
   }
+}
+
+// A row (or two) of a strip: what its tiles of outputs have in common.
+template <typename A>
+struct RowView {
+  const A* input;   // the first tap's row, column 0 of the image
+  const A* taps;    // (taps_high, taps_wide, L)
+  A* output;        // the phase's column 0
+  const A* bias;    // (L), or null
+  int64_t input_row_stride, input_pixel_stride;  // input_row_stride: between two taps
+  int64_t output_row_stride, output_pixel_stride;
+  int64_t begin, end;  // taps (R = 2: input rows) that lie inside the image
+  int64_t taps_high, taps_wide, stride, dilation, left, in_width;
+  bool accumulate;
+  Activation activation;
+};
+
+// P outputs from `column`, in R rows. K: taps in a row if known at compile time, else 0; S: their stride if it is 1
+// or 2 and taps are one pixel apart, else 0. Two rows share the input rows between them.
+template <int K, int S, int P, int R, bool Edge, typename A>
+inline __attribute__((always_inline)) void compute_outputs(const RowView<A>& row, int64_t column) {
+  static_assert(R == 1 || K > 0);
+  constexpr int L = lanes_of<A>;
+  const int64_t pixel_stride = row.input_pixel_stride, tap_row = row.taps_wide * L;
+  const int64_t first = column * row.stride - row.left;
+  const A* input = row.input + first * pixel_stride + row.begin * row.input_row_stride;
+  const A* taps = row.taps + row.begin * tap_row;
+
+  Vector<A> sum[R][P];
+  const Vector<A> start = row.bias ? load_vector(row.bias) : Vector<A>{};
+#pragma GCC unroll 2
+  for (int q = 0; q < R; ++q)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) sum[q][p] = start;
+
+  for (int64_t i = row.begin; i < row.end; ++i, input += row.input_row_stride, taps += tap_row) {
+    if constexpr (R == 2) {
+      if (i == 0)
+        add_taps<K, S, P, 1, Edge, A>(sum, input, pixel_stride, {taps}, first, row.in_width);
+      else if (i == row.taps_high)
+        add_taps<K, S, P, 1, Edge, A>(sum + 1, input, pixel_stride, {taps - tap_row}, first, row.in_width);
+      else
+        add_taps<K, S, P, 2, Edge, A>(sum, input, pixel_stride, {taps, taps - tap_row}, first, row.in_width);
+    } else if constexpr (K > 0) {
+      add_taps<K, S, P, 1, Edge, A>(sum, input, pixel_stride, {taps}, first, row.in_width);
+    } else if constexpr (S > 0) {
+      for (int64_t j = 0; j < row.taps_wide;) {
+        const int64_t left = row.taps_wide - j;
+        const A* x = input + j * pixel_stride;
+        const A* w = taps + j * L;
+        if (Edge) {  // skip taps that meet nothing but padding
+          if (left >= 7 && first + j + 7 + (P - 1) * S <= 0) {
+            j += 7;
+            continue;
+          }
+          if (first + j >= row.in_width) break;
+        }
+        if (left >= 7) {
+          add_taps<7, S, P, 1, Edge, A>(sum, x, pixel_stride, {w}, first + j, row.in_width), j += 7;
+        } else if (left >= 3) {
+          add_taps<3, S, P, 1, Edge, A>(sum, x, pixel_stride, {w}, first + j, row.in_width), j += 3;
+        } else {
+          add_taps<1, S, P, 1, Edge, A>(sum, x, pixel_stride, {w}, first + j, row.in_width), j += 1;
+        }
+      }
+    } else {
+      for (int64_t j = 0; j < row.taps_wide; ++j) {
+        const Vector<A> tap = load_vector(taps + j * L);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+          const int64_t offset = p * row.stride + j * row.dilation;
+          if (Edge && uint64_t(first + offset) >= uint64_t(row.in_width)) continue;
+          sum[0][p] += load_vector(input + offset * pixel_stride) * tap;
+        }
+      }
+    }
+  }
+
+  A* output = row.output + column * row.output_pixel_stride;
+  if (!row.accumulate && row.activation == Activation::none) {
+#pragma GCC unroll 2
+    for (int q = 0; q < R; ++q)
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p)
+        store_vector(output + q * row.output_row_stride + p * row.output_pixel_stride, sum[q][p]);
+    return;
+  }
+  for (int q = 0; q < R; ++q)
+    for (int p = 0; p < P; ++p) {
+      A* target = output + q * row.output_row_stride + p * row.output_pixel_stride;
+      const Vector<A> total = row.accumulate ? sum[q][p] + load_vector(target) : sum[q][p];
+      store_vector(target, activate_vector<A>(total, row.activation));
+    }
 }
 
 // One convolution of a block of channels over output rows [row_begin, row_end) of a phase.
@@ -108,117 +212,94 @@ struct Strip {
   Activation activation;
 };
 
-// P outputs of row `row` from column `column` of the phase. K: taps in a row if known at compile time, else 0;
-// S: their stride if it is 1 or 2 and taps are one pixel apart, else 0.
-template <int K, int S, int P, bool Edge, typename A>
-void compute_outputs(const Strip<A>& strip, int64_t row, int64_t column) {
-  constexpr int L = lanes_of<A>;
+// Columns [column, column_end) of R rows from `row` of the phase.
+template <int K, int S, int P, int R, typename A>
+void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t column_end) {
   const Geometry& g = *strip.geometry;
   const Phase& phase = *strip.phase;
-  const int64_t out_row = phase.first_row + row * phase.row_step;
-  const int64_t out_column = phase.first_column + column * phase.column_step;
-  A* output = strip.output.data + out_row * strip.output.row_stride + out_column * strip.output.pixel_stride;
-  const int64_t output_step = phase.column_step * strip.output.pixel_stride;
+  const int64_t top = row * g.stride_height - phase.top, dilation = phase.dilation_height;
+  RowView<A> view;
+  view.input = strip.input.data + top * strip.input.row_stride;
+  view.taps = strip.taps;
+  view.output = strip.output.data + (phase.first_row + row * phase.row_step) * strip.output.row_stride +
+                phase.first_column * strip.output.pixel_stride;
+  view.bias = strip.bias;
+  view.input_row_stride = dilation * strip.input.row_stride;
+  view.input_pixel_stride = strip.input.pixel_stride;
+  view.output_row_stride = phase.row_step * strip.output.row_stride;
+  view.output_pixel_stride = phase.column_step * strip.output.pixel_stride;
+  view.taps_high = phase.taps_high;
+  view.taps_wide = phase.taps_wide;
+  view.begin = std::min(top < 0 ? (-top + dilation - 1) / dilation : 0, phase.taps_high);
+  view.end = top < g.in_height ? std::min(phase.taps_high + R - 1, (g.in_height - 1 - top) / dilation + 1) : 0;
+  view.stride = g.stride_width;
+  view.dilation = phase.dilation_width;
+  view.left = phase.left;
+  view.in_width = g.in_width;
+  view.accumulate = strip.accumulate;
+  view.activation = strip.activation;
 
-  Vector<A> sum[P];
-  const Vector<A> start = strip.bias ? load_vector(strip.bias) : Vector<A>{};
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) sum[p] = strip.accumulate ? load_vector(output + p * output_step) : start;
-
-  const int64_t pixel_stride = strip.input.pixel_stride;
-  const int64_t first = column * g.stride_width - phase.left;
-  for (int64_t i = 0; i < phase.taps_high; ++i) {
-    const int64_t in_row = row * g.stride_height + i * phase.dilation_height - phase.top;
-    if (in_row < 0 || in_row >= g.in_height) continue;
-    const A* input = strip.input.data + in_row * strip.input.row_stride + first * pixel_stride;
-    const A* taps = strip.taps + i * phase.taps_wide * L;
-    if constexpr (K > 0) {
-      add_taps<K, S, P, Edge, A>(sum, input, pixel_stride, taps, first, g.in_width);
-    } else if constexpr (S > 0) {
-      for (int64_t j = 0; j < phase.taps_wide;) {
-        const A* x = input + j * pixel_stride;
-        const A* w = taps + j * L;
-        const int64_t left = phase.taps_wide - j;
-        if (Edge) {  // skip taps that meet nothing but padding
-          if (first + j + 7 + (P - 1) * S <= 0 && left >= 7) {
-            j += 7;
-            continue;
-          }
-          if (first + j >= g.in_width) break;
-        }
-        if (left >= 7) {
-          add_taps<7, S, P, Edge, A>(sum, x, pixel_stride, w, first + j, g.in_width), j += 7;
-        } else if (left >= 4) {
-          add_taps<4, S, P, Edge, A>(sum, x, pixel_stride, w, first + j, g.in_width), j += 4;
-        } else if (left >= 2) {
-          add_taps<2, S, P, Edge, A>(sum, x, pixel_stride, w, first + j, g.in_width), j += 2;
-        } else {
-          add_taps<1, S, P, Edge, A>(sum, x, pixel_stride, w, first + j, g.in_width), j += 1;
-        }
-      }
-    } else {
-      for (int64_t j = 0; j < phase.taps_wide; ++j) {
-        const Vector<A> tap = load_vector(taps + j * L);
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-          const int64_t offset = p * g.stride_width + j * phase.dilation_width;
-          if (Edge && uint64_t(first + offset) >= uint64_t(g.in_width)) continue;
-          sum[p] += load_vector(input + offset * pixel_stride) * tap;
-        }
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p)
-    store_vector(output + p * output_step, activate_vector<A>(sum[p], strip.activation));
-}
-
-template <int K, int S, int P, typename A>
-void compute_row(const Strip<A>& strip, int64_t row) {
-  const Geometry& g = *strip.geometry;
-  const Phase& phase = *strip.phase;
-  const int64_t columns = (g.out_width - phase.first_column + phase.column_step - 1) / phase.column_step;
   // Outputs [inner_begin, inner_end) read inside the row only.
   const int64_t reach = (phase.taps_wide - 1) * phase.dilation_width - phase.left;
   const int64_t inner_begin = phase.left > 0 ? (phase.left + g.stride_width - 1) / g.stride_width : 0;
   const int64_t last = g.in_width - 1 - reach;
   const int64_t inner_end = last < 0 ? 0 : last / g.stride_width + 1;
-  int64_t column = 0;
-  const auto blocks_of = [&](auto width) {
-    constexpr int B = decltype(width)::value;
-    for (; column + B <= columns; column += B) {
-      if (column >= inner_begin && column + B <= inner_end)
-        compute_outputs<K, S, B, false, A>(strip, row, column);
-      else
-        compute_outputs<K, S, B, true, A>(strip, row, column);
-    }
-  };
-  blocks_of(std::integral_constant<int, P>{});
-  if (column < columns && columns >= P && !strip.accumulate) {  // the last block overlaps the one before
-    compute_outputs<K, S, P, true, A>(strip, row, columns - P);
+  for (; column + P <= column_end; column += P) {
+    if (column >= inner_begin && column + P <= inner_end)
+      compute_outputs<K, S, P, R, false, A>(view, column);
+    else
+      compute_outputs<K, S, P, R, true, A>(view, column);
+  }
+  if (column == column_end) return;
+  if (column_end >= P && !strip.accumulate) {  // the last block overlaps the one before
+    compute_outputs<K, S, P, R, true, A>(view, column_end - P);
     return;
   }
-  for (; column < columns; ++column) compute_outputs<0, (S > 0 ? S : 0), 1, true, A>(strip, row, column);
+  if constexpr (R == 1) {
+    for (; column < column_end; ++column) compute_outputs<0, S, 1, 1, true, A>(view, column);
+  } else {
+    for (int q = 0; q < R; ++q) compute_columns<K, S, P, 1, A>(strip, row + q, column, column_end);
+  }
 }
 
 template <typename A>
-using RowKernel = void (*)(const Strip<A>&, int64_t row);
+struct ColumnsKernel {
+  void (*one_row)(const Strip<A>&, int64_t row, int64_t column, int64_t column_end);
+  void (*two_rows)(const Strip<A>&, int64_t row, int64_t column, int64_t column_end);  // or null
+};
 
+template <int K, int S, int P, typename A>
+ColumnsKernel<A> columns_kernel(bool rows_share_input) {
+  ColumnsKernel<A> kernel{compute_columns<K, S, P, 1, A>, nullptr};
+  if constexpr (K > 0 && S == 1 && vector_bytes == 64)  // two rows of sums need 32 registers
+    if (rows_share_input) kernel.two_rows = compute_columns<K, S, P, 2, A>;
+  return kernel;
+}
+
+// Compile-time widths for float32 sums; float64 is for checking, and takes the general kernel.
 template <int P, typename A>
-RowKernel<A> choose_row_kernel(const Geometry& g, const Phase& phase) {
-  const int64_t taps = phase.taps_wide;
-  if (phase.dilation_width == 1 || taps == 1) {
-    if (g.stride_width == 1)
-      return taps == 3   ? compute_row<3, 1, P, A>
-             : taps == 5 ? compute_row<5, 1, P, A>
-             : taps == 7 ? compute_row<7, 1, P, A>
-                         : compute_row<0, 1, P, A>;
-    if (g.stride_width == 2)
-      return taps == 3   ? compute_row<3, 2, P, A>
-             : taps == 5 ? compute_row<5, 2, P, A>
-                         : compute_row<0, 2, P, A>;
+ColumnsKernel<A> choose_columns_kernel(const Geometry& g, const Phase& phase) {
+  const bool share = g.stride_height == 1 && phase.dilation_height == 1;
+  if (phase.dilation_width == 1 || phase.taps_wide == 1) {
+    if (g.stride_width == 1) {
+      if constexpr (std::is_same_v<A, float>) switch (phase.taps_wide) {
+          case 1: return columns_kernel<1, 1, P, A>(share);
+          case 2: return columns_kernel<2, 1, P, A>(share);
+          case 3: return columns_kernel<3, 1, P, A>(share);
+          case 5: return columns_kernel<5, 1, P, A>(share);
+          case 7: return columns_kernel<7, 1, P, A>(share);
+        }
+      return columns_kernel<0, 1, P, A>(share);
+    }
+    if (g.stride_width == 2) {
+      if constexpr (std::is_same_v<A, float>) switch (phase.taps_wide) {
+          case 3: return columns_kernel<3, 2, P, A>(share);
+          case 5: return columns_kernel<5, 2, P, A>(share);
+        }
+      return columns_kernel<0, 2, P, A>(share);
+    }
   }
-  return compute_row<0, 0, P, A>;
+  return columns_kernel<0, 0, P, A>(share);
 }
 
 // Rows of the input that output rows [begin, end) of any phase read.
@@ -232,6 +313,30 @@ std::pair<int64_t, int64_t> input_rows(const Geometry& g, int64_t begin, int64_t
     high = std::max(high, last * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top + 1);
   }
   return {std::clamp<int64_t>(low, 0, g.in_height), std::clamp<int64_t>(high, 0, g.in_height)};
+}
+
+// Calls visit(address) for each cache line of columns [begin, end) of rows [top, bottom) of a channels_last image.
+template <typename T, typename Visit>
+void for_lines(const Image<T>& image, int64_t top, int64_t bottom, int64_t begin, int64_t end, const Visit& visit) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t row = std::max<int64_t>(top, 0); row < std::min(bottom, image.height); ++row) {
+    const T* pixels = image.data + row * image.row_stride();
+    for (int64_t k = begin * image.channels; k < std::min(end, image.width) * image.channels; k += line)
+      visit(pixels + k);
+  }
+}
+
+// Asks for the outputs of two rows of every phase, and for the pixels that the next two rows read first: blocks of
+// channels jump from pixel to pixel, which the processor's own prefetchers do not follow.
+template <typename T>
+void prefetch_rows(const Geometry& g, const Image<const T>& input, const Image<T>& output, int64_t row, int64_t column,
+                   int64_t column_end) {
+  const Phase& phase = g.phases[0];
+  for_lines(output, row * phase.row_step, (row + 2) * phase.row_step, column * phase.column_step,
+            column_end * phase.column_step, [](const T* line) { prefetch_for_write(line); });
+  const int64_t next = (row + 1) * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top + 1;
+  for_lines(input, next, next + 2 * g.stride_height, column * g.stride_width, column_end * g.stride_width,
+            [](const T* line) { __builtin_prefetch(line, 0, 2); });
 }
 
 // The convolution that both passes are. `in_lanes(first, m)`: the input channels of output channels first, ...,
@@ -263,13 +368,14 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
   const int64_t packed = int64_t(g.taps.size()) * L;  // values of one block
   const int64_t group = in_place ? std::clamp<int64_t>((192 << 10) / (packed * int64_t(sizeof(A))), 1, blocks) : 1;
   const int64_t groups = (blocks + group - 1) / group;
-  const auto kernel_of = [&](const Phase& phase) {
-    const int64_t columns = (g.out_width - phase.first_column + phase.column_step - 1) / phase.column_step;
-    return columns % 8 != 0 && columns % 7 == 0 ? choose_row_kernel<7, A>(g, phase) : choose_row_kernel<8, A>(g, phase);
-  };
-  std::vector<RowKernel<A>> kernels;
+  const int64_t columns = (g.out_width + g.phases[0].column_step - 1) / g.phases[0].column_step;  // of phase 0, the most
+  const bool by_seven = columns % 8 != 0 && columns % 7 == 0;
+  // In place, all blocks take turns on a few columns, so that memory is read in the order in which it lies.
+  const int64_t columns_at_once = in_place ? (by_seven ? 14 : 16) : columns;
+  std::vector<ColumnsKernel<A>> kernels;
+  for (const Phase& phase : g.phases)
+    kernels.push_back(by_seven ? choose_columns_kernel<7, A>(g, phase) : choose_columns_kernel<8, A>(g, phase));
   int64_t tile_rows = 0;
-  for (const Phase& phase : g.phases) kernels.push_back(kernel_of(phase));
   for (int64_t strip = 0; strip < strips; ++strip) {
     const auto [low, high] = input_rows(g, strip * strip_rows, std::min((strip + 1) * strip_rows, g.out_height));
     tile_rows = std::max(tile_rows, high - low);
@@ -279,6 +385,7 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
     Scratch<A> taps(group * terms * packed), biases(group * L);
     Scratch<A> in_tile(in_place ? 0 : tile_rows * g.in_width * L);
     Scratch<A> out_tile(in_place ? 0 : strip_rows * g.out_width * L);
+    std::vector<Strip<A>> parts(group);
     int64_t packed_group = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t strip = item % strips, image = item / strips % batch, group_index = item / strips / batch;
@@ -306,30 +413,44 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
       source.data = input + image * in_channels * g.in_height * g.in_width;
       Image<T> target = out;
       target.data = output + image * out_channels * g.out_height * g.out_width;
-      for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t start = in_place ? block_start(block, out_channels, L) : block * L;
-        const int64_t count = std::min(L, out_channels - start);
-        Strip<A> strip_of_block{};
-        strip_of_block.geometry = &g;
-        if constexpr (std::is_same_v<T, A>)
-          if (in_place) strip_of_block.output = {target.data + start, target.row_stride(), target.pixel_stride()};
-        if (!in_place)
-          strip_of_block.output = {out_tile.data() - row_begin * g.out_width * L, g.out_width * L, L};
-        for (int64_t m = 0; m < terms; ++m) {
-          strip_of_block.input = read_block<T, A>(source, in_lanes(start, m), count, low, high, in_tile.data());
-          strip_of_block.accumulate = m > 0;
-          strip_of_block.bias = bias ? biases.data() + (block - first_block) * L : nullptr;
-          strip_of_block.activation = m == terms - 1 ? activation : Activation::none;
-          for (size_t k = 0; k < g.phases.size(); ++k) {
-            const Phase& phase = g.phases[k];
-            strip_of_block.phase = &phase;
-            strip_of_block.taps = taps.data() + ((block - first_block) * terms + m) * packed + phase.weight_offset * L;
-            for (int64_t row = std::max<int64_t>(row_begin - phase.first_row + phase.row_step - 1, 0) / phase.row_step;
-                 phase.first_row + row * phase.row_step < row_end; ++row)
-              kernels[k](strip_of_block, row);
-          }
+      for (int64_t m = 0; m < terms; ++m) {
+        for (int64_t block = first_block; block < last_block; ++block) {
+          const int64_t start = in_place ? block_start(block, out_channels, L) : block * L;
+          const int64_t count = std::min(L, out_channels - start);
+          Strip<A>& part = parts[block - first_block];
+          part.geometry = &g;
+          part.input = read_block<T, A>(source, in_lanes(start, m), count, low, high, in_tile.data());
+          part.output = {out_tile.data() - row_begin * g.out_width * L, g.out_width * L, L};
+          if constexpr (std::is_same_v<T, A>)
+            if (in_place) part.output = {target.data + start, target.row_stride(), target.pixel_stride()};
+          part.accumulate = m > 0;
+          part.bias = bias ? biases.data() + (block - first_block) * L : nullptr;
+          part.activation = m == terms - 1 ? activation : Activation::none;
         }
-        if (!in_place) store_tile<T, A>(target, {start}, count, row_begin, row_end, out_tile.data());
+        for (int64_t row = row_begin / row_step; row * row_step < row_end; row += 2)
+          for (int64_t column = 0; column < columns; column += columns_at_once) {
+            if (in_place) prefetch_rows(g, source, target, row, column, column + columns_at_once);
+            for (size_t k = 0; k < g.phases.size(); ++k) {
+              const Phase& phase = g.phases[k];
+              const int64_t of_phase = (g.out_width - phase.first_column + phase.column_step - 1) / phase.column_step;
+              const int64_t column_end = std::min(column + columns_at_once, of_phase);
+              const int64_t rows_left = (row_end - phase.first_row + row_step - 1) / row_step - row;
+              for (int64_t block = 0; block < last_block - first_block; ++block) {
+                parts[block].phase = &phase;
+                parts[block].taps = taps.data() + (block * terms + m) * packed + phase.weight_offset * L;
+                if (rows_left >= 2 && kernels[k].two_rows) {
+                  kernels[k].two_rows(parts[block], row, column, column_end);
+                } else {
+                  for (int64_t q = 0; q < std::min<int64_t>(rows_left, 2); ++q)
+                    kernels[k].one_row(parts[block], row + q, column, column_end);
+                }
+              }
+            }
+          }
+      }
+      if (!in_place) {
+        const int64_t start = first_block * L;
+        store_tile<T, A>(target, {start}, std::min(L, out_channels - start), row_begin, row_end, out_tile.data());
       }
     }
   });

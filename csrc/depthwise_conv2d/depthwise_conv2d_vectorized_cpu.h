@@ -45,66 +45,69 @@ bool readable_in_place(const Image<T>& image, const Lanes& lanes) {
          lanes.first + lanes_of<A> <= image.channels;
 }
 
-// Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes become zero.
+// Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes hold anything finite
+// that the image holds. In a contiguous image the rows of a channel are one run, transposed L pixels at a time.
 template <typename T, typename A>
 void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end, A* tile) {
   constexpr int L = lanes_of<A>;
-  const bool full = count == L;
-  for (int64_t row = begin; row < end; ++row) {
-    if (image.channels_last) {
-      for (int64_t w = 0; w < image.width; ++w, tile += L) {
-        const T* pixel = image.data + row * image.row_stride() + w * image.pixel_stride();
-        if (full && lanes.is_identity()) {
-          store_vector(tile, load_vector(pixel + lanes.first));
-        } else {
-          for (int lane = 0; lane < L; ++lane) tile[lane] = lane < count ? load(pixel[lanes.channel(lane)]) : A(0);
-        }
-      }
-      continue;
+  const int64_t pixels = (end - begin) * image.width, first = begin * image.width;
+  if (image.channels_last) {
+    const T* pixel = image.data + first * image.channels;
+    if (count == L && lanes.is_identity()) {
+      for (int64_t k = 0; k < pixels; ++k)
+        store_vector(tile + k * L, load_vector(pixel + k * image.channels + lanes.first));
+    } else {
+      for (int64_t k = 0; k < pixels; ++k, pixel += image.channels)
+        for (int64_t lane = 0; lane < L; ++lane)
+          tile[k * L + lane] = load(pixel[lanes.channel(std::min(lane, count - 1))]);
     }
-    const T* rows[L];
-    for (int lane = 0; lane < L; ++lane)
-      rows[lane] = image.data + lanes.channel(std::min<int64_t>(lane, count - 1)) * image.channel_stride() +
-                   row * image.width;
-    int64_t w = 0;
-    for (; w + L <= image.width; w += L, tile += L * L) {
-      Vector<A> square[L];
-      for (int lane = 0; lane < L; ++lane) square[lane] = load_vector(rows[lane] + w);
-      transpose<A>(square);
-      for (int pixel = 0; pixel < L; ++pixel) store_vector(tile + pixel * L, square[pixel]);
-    }
-    for (; w < image.width; ++w, tile += L)
-      for (int lane = 0; lane < L; ++lane) tile[lane] = load(rows[lane][w]);
+    return;
   }
+  const T* runs[L];
+  for (int64_t lane = 0; lane < L; ++lane)
+    runs[lane] = image.data + lanes.channel(std::min(lane, count - 1)) * image.channel_stride() + first;
+  int64_t k = 0;
+  for (; k + L <= pixels; k += L) {
+    Vector<A> square[L];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < L; ++lane) square[lane] = load_vector(runs[lane] + k);
+    transpose<A>(square);
+#pragma GCC unroll 16
+    for (int pixel = 0; pixel < L; ++pixel) store_vector(tile + (k + pixel) * L, square[pixel]);
+  }
+  for (; k < pixels; ++k)
+    for (int lane = 0; lane < L; ++lane) tile[k * L + lane] = load(runs[lane][k]);
 }
 
 // The way back: rows [begin, end) of a (rows, width, lanes) tile into the image.
 template <typename T, typename A>
 void store_tile(const Image<T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end, const A* tile) {
   constexpr int L = lanes_of<A>;
-  for (int64_t row = begin; row < end; ++row) {
-    if (image.channels_last) {
-      for (int64_t w = 0; w < image.width; ++w, tile += L) {
-        T* pixel = image.data + row * image.row_stride() + w * image.pixel_stride() + lanes.first;
-        if (count == L) {
-          store_vector(pixel, load_vector(tile));
-        } else {
-          for (int lane = 0; lane < count; ++lane) store(&pixel[lane], tile[lane]);
-        }
+  const int64_t pixels = (end - begin) * image.width, first = begin * image.width;
+  if (image.channels_last) {
+    T* pixel = image.data + first * image.channels + lanes.first;
+    for (int64_t k = 0; k < pixels; ++k, pixel += image.channels) {
+      if (count == L) {
+        store_vector(pixel, load_vector(tile + k * L));
+      } else {
+        for (int lane = 0; lane < count; ++lane) store(&pixel[lane], tile[k * L + lane]);
       }
-      continue;
     }
-    T* rows = image.data + lanes.first * image.channel_stride() + row * image.width;
-    int64_t w = 0;
-    for (; w + L <= image.width; w += L, tile += L * L) {
-      Vector<A> square[L];
-      for (int pixel = 0; pixel < L; ++pixel) square[pixel] = load_vector(tile + pixel * L);
-      transpose<A>(square);
-      for (int lane = 0; lane < count; ++lane) store_vector(rows + lane * image.channel_stride() + w, square[lane]);
-    }
-    for (; w < image.width; ++w, tile += L)
-      for (int lane = 0; lane < count; ++lane) store(&rows[lane * image.channel_stride() + w], tile[lane]);
+    return;
   }
+  T* runs = image.data + lanes.first * image.channel_stride() + first;
+  int64_t k = 0;
+  for (; k + L <= pixels; k += L) {
+    Vector<A> square[L];
+#pragma GCC unroll 16
+    for (int pixel = 0; pixel < L; ++pixel) square[pixel] = load_vector(tile + (k + pixel) * L);
+    transpose<A>(square);
+#pragma GCC unroll 16
+    for (int lane = 0; lane < L; ++lane)
+      if (lane < count) store_vector(runs + lane * image.channel_stride() + k, square[lane]);
+  }
+  for (; k < pixels; ++k)
+    for (int lane = 0; lane < count; ++lane) store(&runs[lane * image.channel_stride() + k], tile[k * L + lane]);
 }
 
 // Rows [begin, end) of a block of channels, in place if possible, else through `tile`.

@@ -19,7 +19,7 @@ struct Rows {
   const A* grad;   // row e of gy, pixel 0
   const A* input;  // row e*s + i*d - p of x, pixel 0
   int64_t grad_pixel_stride, input_pixel_stride;
-  int64_t columns, in_width;  // pixels in the rows
+  int64_t in_width;
   int64_t stride, dilation, left;
 };
 
@@ -30,7 +30,10 @@ inline __attribute__((always_inline)) void add_products(Vector<A> (&sum)[2][J], 
                                                         int64_t first_tap) {
   Vector<A> grad[P];
 #pragma GCC unroll 8
-  for (int f = 0; f < P; ++f) grad[f] = load_vector(rows.grad + (column + f) * rows.grad_pixel_stride);
+  for (int f = 0; f < P; ++f) {
+    grad[f] = load_vector(rows.grad + (column + f) * rows.grad_pixel_stride);
+    keep_in_register(grad[f]);
+  }
   const int64_t first = column * rows.stride + first_tap * rows.dilation - rows.left;
   const A* input = rows.input + first * rows.input_pixel_stride;
   if constexpr (S == 0) {  // any stride or dilation, one tap
@@ -47,7 +50,8 @@ inline __attribute__((always_inline)) void add_products(Vector<A> (&sum)[2][J], 
   for (int p = 0; S > 0 && p < (P - 1) * S + J; ++p) {
     if (S > J && p % S >= J) continue;
     if (Edge && uint64_t(first + p) >= uint64_t(rows.in_width)) continue;
-    const Vector<A> x = load_vector(input + p * rows.input_pixel_stride);
+    Vector<A> x = load_vector(input + p * rows.input_pixel_stride);
+    keep_in_register(x);
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
       constexpr int step = S > 0 ? S : 1;
@@ -59,9 +63,9 @@ inline __attribute__((always_inline)) void add_products(Vector<A> (&sum)[2][J], 
   }
 }
 
-// J taps of one row of the filter, over all columns.
+// J taps of one row of the filter, over columns [column_begin, column_end).
 template <int J, int S, int P, typename A>
-void add_row(A* sums, const Rows<A>& rows, int64_t first_tap) {
+void add_row(A* sums, const Rows<A>& rows, int64_t first_tap, int64_t column_begin, int64_t column_end) {
   constexpr int L = lanes_of<A>;
   Vector<A> sum[2][J];
   for (int j = 0; j < J; ++j) sum[0][j] = load_vector(sums + (first_tap + j) * L), sum[1][j] = Vector<A>{};
@@ -70,11 +74,11 @@ void add_row(A* sums, const Rows<A>& rows, int64_t first_tap) {
   // Columns that meet any pixel of x, and those that meet only pixels of x.
   const int64_t begin = shift - span > 0 ? (shift - span + rows.stride - 1) / rows.stride : 0;
   const int64_t last = rows.in_width - 1 + shift;
-  const int64_t end = last < 0 ? 0 : std::min(rows.columns, last / rows.stride + 1);
+  const int64_t end = last < 0 ? 0 : std::min(column_end, last / rows.stride + 1);
   const int64_t inner_begin = shift > 0 ? (shift + rows.stride - 1) / rows.stride : 0;
   const int64_t inner_last = last - span;
   const int64_t inner_end = inner_last < 0 ? 0 : inner_last / rows.stride + 1;
-  int64_t column = begin;
+  int64_t column = std::max(begin, column_begin);
   for (; column + P <= end; column += P) {
     if (column >= inner_begin && column + P <= inner_end)
       add_products<J, S, P, false, A>(sum, rows, column, first_tap);
@@ -86,22 +90,22 @@ void add_row(A* sums, const Rows<A>& rows, int64_t first_tap) {
 }
 
 template <int S, int P, typename A>
-void add_filter_row(A* sums, const Rows<A>& rows, int64_t taps) {
+void add_filter_row(A* sums, const Rows<A>& rows, int64_t taps, int64_t begin, int64_t end) {
   if constexpr (S == 0) {
-    for (int64_t j = 0; j < taps; ++j) add_row<1, 0, P, A>(sums, rows, j);
+    for (int64_t j = 0; j < taps; ++j) add_row<1, 0, P, A>(sums, rows, j, begin, end);
     return;
   } else {
-    if (taps == 3) return add_row<3, S, P, A>(sums, rows, 0);
-    if (taps == 5) return add_row<5, S, P, A>(sums, rows, 0);
+    if (taps == 3) return add_row<3, S, P, A>(sums, rows, 0, begin, end);
+    if (taps == 5) return add_row<5, S, P, A>(sums, rows, 0, begin, end);
     int64_t j = 0;
-    for (; j + 7 <= taps; j += 7) add_row<7, S, P, A>(sums, rows, j);
-    for (; j + 3 <= taps; j += 3) add_row<3, S, P, A>(sums, rows, j);
-    for (; j < taps; ++j) add_row<1, S, P, A>(sums, rows, j);
+    for (; j + 7 <= taps; j += 7) add_row<7, S, P, A>(sums, rows, j, begin, end);
+    for (; j + 3 <= taps; j += 3) add_row<3, S, P, A>(sums, rows, j, begin, end);
+    for (; j < taps; ++j) add_row<1, S, P, A>(sums, rows, j, begin, end);
   }
 }
 
 template <typename A>
-using FilterRowKernel = void (*)(A* sums, const Rows<A>& rows, int64_t taps);
+using FilterRowKernel = void (*)(A* sums, const Rows<A>& rows, int64_t taps, int64_t begin, int64_t end);
 
 template <int P, typename A>
 FilterRowKernel<A> choose_filter_row_kernel(const DepthwiseConv2dShape& s) {
@@ -122,29 +126,34 @@ void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* 
   const bool in_place = std::is_same_v<T, A> && s.channels_last && s.out_channels >= L && multiplier == 1;
   const int64_t blocks = (s.out_channels + L - 1) / L;
 
-  // Slices of the rows of the whole batch: enough for many threads, few enough that their sums stay small.
+  // An item is a group of blocks and a slice of the rows of the whole batch: enough items for many threads, slices few
+  // enough that their sums stay small. Through a tile, a group is one block.
+  const int64_t block_bytes = sums_of_block * int64_t(sizeof(A));
+  const int64_t group = in_place ? std::clamp<int64_t>((192 << 10) / block_bytes, 1, blocks) : 1;
+  const int64_t groups = (blocks + group - 1) / group;
   const int64_t rows = s.batch * s.out_height;
-  const int64_t most = std::max<int64_t>((1 << 20) / (blocks * sums_of_block * int64_t(sizeof(A))), 1);
-  const int64_t slices = std::clamp<int64_t>(256 / blocks, 1, std::min(most, std::max<int64_t>(rows / 4, 1)));
+  const int64_t most = std::max<int64_t>((1 << 20) / (blocks * block_bytes), 1);
+  const int64_t slices = std::clamp<int64_t>(64 / groups, 1, std::min(most, std::max<int64_t>(rows / 4, 1)));
   const int64_t slice_rows = (rows + slices - 1) / slices;
   // A tile holds a part of a slice: rows of one image that fit the cache.
   const int64_t row_bytes = int64_t(sizeof(A)) * L * (s.out_width + s.in_width * s.stride_height);
   const int64_t part_rows = std::clamp<int64_t>((384 << 10) / row_bytes, 1, s.out_height);
   const int64_t part_in_rows = std::min(
       s.in_height, (part_rows - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1);
-  const auto kernel = s.out_width % 8 != 0 && s.out_width % 7 == 0 ? choose_filter_row_kernel<7, A>(s)
-                                                                    : choose_filter_row_kernel<8, A>(s);
+  const bool by_seven = s.out_width % 8 != 0 && s.out_width % 7 == 0;
+  const auto kernel = by_seven ? choose_filter_row_kernel<7, A>(s) : choose_filter_row_kernel<8, A>(s);
+  const int64_t columns_at_once = in_place ? (by_seven ? 28 : 32) : s.out_width;
 
-  Scratch<A> partial(blocks * slices * sums_of_block);
-  parallel_for(threads, blocks * slices, [&](int64_t begin, int64_t end) {
+  Scratch<A> partial(slices * blocks * sums_of_block);  // (slices, blocks, taps + 1, L)
+  parallel_for(threads, groups * slices, [&](int64_t begin, int64_t end) {
     Scratch<A> in_tile(in_place ? 0 : part_in_rows * s.in_width * L);
     Scratch<A> grad_tile(in_place ? 0 : part_rows * s.out_width * L);
+    std::vector<Block<const A>> xs(group), gys(group);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item / slices, slice = item % slices;
-      const int64_t start = in_place ? block_start(block, s.out_channels, L) : block * L;
-      const int64_t count = std::min(L, s.out_channels - start);
-      A* sums = partial.data() + item * sums_of_block;
-      std::fill(sums, sums + sums_of_block, A(0));
+      const int64_t first_block = item / slices * group, slice = item % slices;
+      const int64_t count_blocks = std::min(group, blocks - first_block);
+      A* sums = partial.data() + (slice * blocks + first_block) * sums_of_block;
+      std::fill(sums, sums + count_blocks * sums_of_block, A(0));
       const int64_t row_end = std::min((slice + 1) * slice_rows, rows);
       for (int64_t row = slice * slice_rows; row < row_end;) {
         const int64_t n = row / s.out_height, e_begin = row % s.out_height;
@@ -158,33 +167,44 @@ void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* 
                                s.in_width, s.channels_last};
         const Image<const T> gy{grad_output + n * s.out_channels * s.out_height * s.out_width, s.out_channels,
                                 s.out_height, s.out_width, s.channels_last};
-        const Block<const A> x_block =
-            read_block<T, A>(x, Lanes{start, 1, multiplier, 0}, count, low, high, in_tile.data());
-        const Block<const A> gy_block = read_block<T, A>(gy, Lanes{start}, count, e_begin, e_end, grad_tile.data());
-        for (int64_t e = e_begin; e < e_end; ++e) {
-          Rows<A> pair{gy_block.data + e * gy_block.row_stride, nullptr, gy_block.pixel_stride, x_block.pixel_stride,
-                       s.out_width, s.in_width, s.stride_width, s.dilation_width, s.padding_left};
-          for (int64_t i = 0; i < s.kernel_height; ++i) {
-            const int64_t h = e * s.stride_height + i * s.dilation_height - s.padding_top;
-            if (h < 0 || h >= s.in_height) continue;
-            pair.input = x_block.data + h * x_block.row_stride;
-            kernel(sums + i * s.kernel_width * L, pair, s.kernel_width);
-          }
-          if (grad_bias) {
-            Vector<A> sum = load_vector(sums + taps * L);
-            for (int64_t f = 0; f < s.out_width; ++f) sum += load_vector(pair.grad + f * pair.grad_pixel_stride);
-            store_vector(sums + taps * L, sum);
-          }
+        for (int64_t b = 0; b < count_blocks; ++b) {
+          const int64_t start = in_place ? block_start(first_block + b, s.out_channels, L) : first_block * L;
+          const int64_t count = std::min(L, s.out_channels - start);
+          xs[b] = read_block<T, A>(x, Lanes{start, 1, multiplier, 0}, count, low, high, in_tile.data());
+          gys[b] = read_block<T, A>(gy, Lanes{start}, count, e_begin, e_end, grad_tile.data());
         }
+        for (int64_t e = e_begin; e < e_end; ++e)
+          for (int64_t column = 0; column < s.out_width; column += columns_at_once) {
+            const int64_t column_end = std::min(column + columns_at_once, s.out_width);
+            for (int64_t b = 0; b < count_blocks; ++b) {
+              A* sums_here = sums + b * sums_of_block;
+              Rows<A> pair{gys[b].data + e * gys[b].row_stride, nullptr,         gys[b].pixel_stride,
+                           xs[b].pixel_stride,                  s.in_width,      s.stride_width,
+                           s.dilation_width,                    s.padding_left};
+              for (int64_t i = 0; i < s.kernel_height; ++i) {
+                const int64_t h = e * s.stride_height + i * s.dilation_height - s.padding_top;
+                if (h < 0 || h >= s.in_height) continue;
+                pair.input = xs[b].data + h * xs[b].row_stride;
+                kernel(sums_here + i * s.kernel_width * L, pair, s.kernel_width, column, column_end);
+              }
+              if (grad_bias) {
+                Vector<A> sum = load_vector(sums_here + taps * L);
+                for (int64_t f = column; f < column_end; ++f)
+                  sum += load_vector(pair.grad + f * pair.grad_pixel_stride);
+                store_vector(sums_here + taps * L, sum);
+              }
+            }
+          }
       }
     }
   });
 
+  for (int64_t slice = 1; slice < slices; ++slice)
+    for (int64_t k = 0; k < blocks * sums_of_block; ++k)
+      partial.data()[k] += partial.data()[slice * blocks * sums_of_block + k];
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t start = in_place ? block_start(block, s.out_channels, L) : block * L;
-    A* total = partial.data() + block * slices * sums_of_block;
-    for (int64_t slice = 1; slice < slices; ++slice)
-      for (int64_t k = 0; k < sums_of_block; ++k) total[k] += total[slice * sums_of_block + k];
+    const A* total = partial.data() + block * sums_of_block;
     for (int64_t lane = 0; lane < std::min(L, s.out_channels - start); ++lane) {
       for (int64_t t = 0; t < taps; ++t) store(&grad_weight[(start + lane) * taps + t], total[t * L + lane]);
       if (grad_bias) store(&grad_bias[start + lane], total[taps * L + lane]);
