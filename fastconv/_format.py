@@ -37,10 +37,14 @@ def rich_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, header_style="bold", title_justify="left", box=SIMPLE_HEAD)
+    style = {"header_style": "bold", "title_justify": "left", "box": SIMPLE_HEAD}
+    table = Table(title=title, pad_edge=False, padding=(0, 1, 0, 0), **style)
     for column in columns:
-        left = column in text_columns
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        # On a narrow terminal the words are cut short, not the numbers.
+        if column in text_columns:
+            table.add_column(column, overflow="ellipsis")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
     for index, row in enumerate(rows):
         table.add_row(*map(Text, row), end_section=index == len(rows) - 2)
     return table

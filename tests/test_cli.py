@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +194,12 @@ def test_mistakes_are_told(here, arguments, words):
     status, _, errors = here(*arguments)
     assert status == 2
     assert words in " ".join(errors.split())
+
+
+def test_help_of_the_example():
+    example = Path(__file__).parents[1] / "examples/digits.py"
+    result = subprocess.run([sys.executable, str(example), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "--epochs" in result.stdout
 
 
 def test_mistakes_have_no_traceback():
