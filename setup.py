@@ -1,8 +1,9 @@
 """Builds what the machine can build, and says in one line what it could not.
 
-Without torch or a C++ compiler: pure Python. With torch: the C++ library (libfastconv_kernels.so), the CUDA
-emulator (libfastconv_emulator.so) and the extension module _host. With an nvcc of torch's CUDA version: the CUDA
-kernels too, for TORCH_CUDA_ARCH_LIST, else for the GPUs here, else for sm_80, sm_90 and sm_100.
+Without torch or a C++ compiler: pure Python. With torch: the C++ library (libfastconv_kernels.so), the
+CUDA emulator (libfastconv_emulator.so) and the extension module _host. With an nvcc of torch's CUDA
+version: the CUDA kernels too, for TORCH_CUDA_ARCH_LIST, else for the GPUs here, else for sm_80, sm_90
+and sm_100.
 """
 
 import os
@@ -148,35 +149,35 @@ class BuildNative(build_ext):
         def stem(source: Path) -> str:
             return source.relative_to(ROOT / "csrc").with_suffix("").as_posix().replace("/", "-")
 
+        def compile(command: str, source: Path, suffix: str = "o") -> str:
+            return file.compile(command, source, f"{stem(source)}.{suffix}")
+
         kernels, emulator = [], []
         for source in [ROOT / "csrc/common/cpu.cpp", *(op / f"{op.name}.cpp" for op in operators)]:
-            kernels.append(file.compile(f"{cxx} {COMMON} {torch_flags} {with_cuda}", source, f"{stem(source)}.o"))
+            kernels.append(compile(f"{cxx} {COMMON} {torch_flags} {with_cuda}", source))
         for source in sorted(ROOT.glob("csrc/*/*_cpu.cpp")):
             for name, flags in capabilities.items():
                 command = f"{cxx} {COMMON} {flags} -DFASTCONV_CPU_CAPABILITY={name}"
-                kernels.append(file.compile(command, source, f"{stem(source)}.{name}.o"))
+                kernels.append(compile(command, source, f"{name}.o"))
         if nvcc:
             architectures = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in cuda_architectures())
             command = f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden {architectures}"
             for source in sorted(ROOT.glob("csrc/*/*_cuda.cu")):
-                kernels.append(file.compile(command, source, f"{stem(source)}.cu.o"))
+                kernels.append(compile(command, source, "cu.o"))
 
-        emulated = f"-DFASTCONV_EMULATOR -I{ROOT}/csrc/emulator"
+        emulated = f"{cxx} {COMMON} -DFASTCONV_EMULATOR -I{ROOT}/csrc/emulator"
         for source in sorted((ROOT / "csrc/emulator").glob("*.cpp")):
-            emulator.append(file.compile(f"{cxx} {COMMON} {emulated}", source, f"{stem(source)}.o"))
+            emulator.append(compile(emulated, source))
         for op in operators:
-            binding = op / f"{op.name}.cpp"
-            emulator.append(
-                file.compile(f"{cxx} {COMMON} {emulated} {torch_flags}", binding, f"{stem(binding)}.emulator.o")
-            )
+            emulator.append(compile(f"{emulated} {torch_flags}", op / f"{op.name}.cpp", "emulator.o"))
         for source in sorted(ROOT.glob("csrc/*/*_cuda.cu")):
-            emulator.append(file.compile(f"{cxx} {COMMON} {emulated} -x c++", source, f"{stem(source)}.emulator.o"))
+            emulator.append(compile(f"{emulated} -x c++", source, "emulator.o"))
 
         torch_link = " ".join(f"-L{path}" for path in library_paths())
         libraries = "-ltorch_cpu -lc10" + (
             f" -ltorch_cuda -L{Path(nvcc).resolve().parents[1]}/lib64 -lcudart" if nvcc else ""
         )
-        # Hash table libraries are found beside torch at run time; the library itself names no path of this machine.
+        # torch is loaded before these libraries are, so they need no run path of their own.
         shared = f"{cxx} -shared -Wl,--as-needed"
         for name, objects in (("kernels", kernels), ("emulator", emulator)):
             file.link(shared, objects, output / f"libfastconv_{name}.so")

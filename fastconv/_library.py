@@ -25,7 +25,7 @@ def load(name: str) -> str | None:
 
 @functools.cache
 def host():
-    """The torch-free extension module ``fastconv._host``: instruction sets, emulator counters. None if not built."""
+    """The torch-free extension module ``fastconv._host``, or None if it is not built."""
     try:
         from . import _host
     except ImportError:
@@ -51,5 +51,6 @@ def _find_problem(backend: str) -> str | None:
     if error is not None or backend == "cpu":
         return error
     if host() is None or not host().built_with_cuda():
-        return f"the library was built without CUDA; with nvcc {torch.version.cuda or 'and a CUDA PyTorch'} at hand, {_BUILD}"
+        needs = f"nvcc {torch.version.cuda}" if torch.version.cuda else "nvcc and a CUDA PyTorch"
+        return f"the library was built without CUDA; with {needs} at hand, {_BUILD}"
     return None

@@ -1,7 +1,7 @@
 """Which kernel runs, and why not another.
 
 Backends: ``"cpu"`` (C++), ``"cuda"``, ``"triton"``, ``"aten"`` (PyTorch's own operator), ``"reference"``
-(the definition in plain PyTorch), and ``"emulator"`` (the CUDA kernels run on CPU tensors, for study and tests).
+(the definition in plain PyTorch), and ``"emulator"`` (the CUDA kernels run on CPU tensors, for study).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import contextlib
 import importlib.util
 import os
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterator
 
 import torch
 
@@ -30,7 +30,8 @@ class Choice:
         op: the operator's stem.
         algorithms: the algorithms of each backend, the default first.
         prefer: ``prefer(*arguments) -> backends``, the measured best first, for ``backend=None``.
-        why_not: ``why_not(backend, algorithm, *arguments)`` says which condition of the operator's own fails, or None.
+        why_not: ``why_not(backend, algorithm, *arguments)`` says which condition of the operator's own
+            fails, or None.
     """
 
     op: str
@@ -160,6 +161,6 @@ def triton_interpreted() -> bool:
     return _TRITON_INTERPRETED
 
 
-# Constants, for torch.compile to trace. Triton reads the variable when it is imported, so it cannot change later.
+# Constants, for torch.compile to trace. Triton reads the variable once, when it is imported.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

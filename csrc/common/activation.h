@@ -21,8 +21,7 @@ inline FASTCONV_HOST_DEVICE A activate(A x, Activation activation) {
     case Activation::gelu:
       return A(0.5) * x * (A(1) + erf(x * A(0.70710678118654752440)));
     case Activation::gelu_tanh:
-      return A(0.5) * x *
-             (A(1) + tanh(A(0.79788456080286535588) * (x + A(0.044715) * x * x * x)));
+      return A(0.5) * x * (A(1) + tanh(A(0.79788456080286535588) * (x + A(0.044715) * x * x * x)));
     case Activation::silu:
       return x / (A(1) + exp(-x));
   }

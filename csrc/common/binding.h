@@ -27,11 +27,16 @@ using Integers = std::vector<int64_t>;
 template <typename Body>
 void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::Double: return body(double{});
-    case ScalarType::BFloat16: return body(BFloat16{});
-    case ScalarType::Half: return body(Float16{});
-    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    case ScalarType::Half:
+      return body(Float16{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
   }
 }
 

@@ -37,9 +37,12 @@ CpuCapability cpu_capability() {
 
 const char* cpu_capability_name(CpuCapability capability) {
   switch (capability) {
-    case CpuCapability::avx512: return "avx512";
-    case CpuCapability::avx2: return "avx2";
-    default: return "portable";
+    case CpuCapability::avx512:
+      return "avx512";
+    case CpuCapability::avx2:
+      return "avx2";
+    default:
+      return "portable";
   }
 }
 

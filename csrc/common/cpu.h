@@ -20,11 +20,16 @@
   namespace avx512 {              \
   __VA_ARGS__                     \
   }
-#define FASTCONV_CALL_CPU(...)                                                  \
-  switch (::fastconv::cpu_capability()) {                                       \
-    case ::fastconv::CpuCapability::avx512: ::fastconv::avx512::__VA_ARGS__; break; \
-    case ::fastconv::CpuCapability::avx2: ::fastconv::avx2::__VA_ARGS__; break; \
-    default: ::fastconv::portable::__VA_ARGS__;                                 \
+#define FASTCONV_CALL_CPU(...)              \
+  switch (::fastconv::cpu_capability()) {   \
+    case ::fastconv::CpuCapability::avx512: \
+      ::fastconv::avx512::__VA_ARGS__;      \
+      break;                                \
+    case ::fastconv::CpuCapability::avx2:   \
+      ::fastconv::avx2::__VA_ARGS__;        \
+      break;                                \
+    default:                                \
+      ::fastconv::portable::__VA_ARGS__;    \
   }
 #else
 #define FASTCONV_DECLARE_CPU(...) \
@@ -52,9 +57,7 @@ template <typename Body>  // Body: void(int64_t begin, int64_t end)
 inline void parallel_for(ParallelFor threads, int64_t count, const Body& body) {
   threads(
       count,
-      [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const Body*>(context))(begin, end);
-      },
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<Body*>(&body));
 }
 

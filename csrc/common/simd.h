@@ -68,8 +68,12 @@ inline Vector<float> load_vector(const Float16* source) {
 #endif
 }
 
-inline void store_vector(float* target, Vector<float> value) { __builtin_memcpy(target, &value, sizeof(value)); }
-inline void store_vector(double* target, Vector<double> value) { __builtin_memcpy(target, &value, sizeof(value)); }
+inline void store_vector(float* target, Vector<float> value) {
+  __builtin_memcpy(target, &value, sizeof(value));
+}
+inline void store_vector(double* target, Vector<double> value) {
+  __builtin_memcpy(target, &value, sizeof(value));
+}
 
 inline void store_vector(BFloat16* target, Vector<float> value) {
   typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
@@ -137,7 +141,8 @@ inline void transpose(Vector<A> (&rows)[lanes_of<A>]) {
   }
 }
 
-// e^x to 2 units in the last place: 2^n * p(r), r = x - n ln 2, p a Taylor polynomial of degree 6 on |r| < 0.35.
+// e^x to 2 units in the last place: 2^n * p(r), r = x - n ln 2, p a Taylor polynomial of degree 6 on |r| <
+// 0.35.
 inline Vector<float> exponential(Vector<float> x) {
   typedef int32_t Words __attribute__((vector_size(vector_bytes)));
   const Vector<float> low = broadcast(-87.0f), high = broadcast(88.0f);

@@ -80,9 +80,7 @@ inline FASTCONV_HOST_DEVICE uint16_t float_to_bfloat_bits(float value) {
 
 inline FASTCONV_HOST_DEVICE float load(float value) { return value; }
 inline FASTCONV_HOST_DEVICE double load(double value) { return value; }
-inline FASTCONV_HOST_DEVICE float load(BFloat16 value) {
-  return bits_to_float(uint32_t(value.bits) << 16);
-}
+inline FASTCONV_HOST_DEVICE float load(BFloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
 inline FASTCONV_HOST_DEVICE float load(Float16 value) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(value.bits));

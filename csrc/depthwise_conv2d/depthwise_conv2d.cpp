@@ -1,5 +1,6 @@
 // Binds the depthwise kernels to torch.ops.fastconv: the C++ kernels to CPU tensors, the CUDA kernels to CUDA
-// tensors, and, where FASTCONV_EMULATOR is defined, the emulated CUDA kernels to the CPU overload ".emulator".
+// tensors, and, where FASTCONV_EMULATOR is defined, the emulated CUDA kernels to the CPU overload
+// ".emulator".
 #include "depthwise_conv2d.h"
 
 #include <tuple>
@@ -33,13 +34,13 @@ DepthwiseConv2dShape make_shape(const Tensor& input, const Tensor& weight, const
   shape.dilation_width = dilation[1];
   check_size(weight, 1, 1, "weight");
   STD_TORCH_CHECK(shape.kernel_height > 0 && shape.kernel_width > 0, "weight must have at least one tap");
-  STD_TORCH_CHECK(shape.in_channels > 0 ? shape.out_channels % shape.in_channels == 0 : shape.out_channels == 0,
-                  "weight must have a multiple of input's ", shape.in_channels, " channels, got ",
-                  shape.out_channels);
-  shape.out_height = output_size(shape.in_height, shape.kernel_height, stride[0], padding[0] + padding[1],
-                                 dilation[0]);
-  shape.out_width = output_size(shape.in_width, shape.kernel_width, stride[1], padding[2] + padding[3],
-                                dilation[1]);
+  STD_TORCH_CHECK(
+      shape.in_channels > 0 ? shape.out_channels % shape.in_channels == 0 : shape.out_channels == 0,
+      "weight must have a multiple of input's ", shape.in_channels, " channels, got ", shape.out_channels);
+  shape.out_height =
+      output_size(shape.in_height, shape.kernel_height, stride[0], padding[0] + padding[1], dilation[0]);
+  shape.out_width =
+      output_size(shape.in_width, shape.kernel_width, stride[1], padding[2] + padding[3], dilation[1]);
   shape.channels_last = memory_format_of(input) == MemoryFormat::ChannelsLast;
   return shape;
 }
@@ -55,12 +56,13 @@ std::string chosen(const std::optional<std::string>& algorithm, const char* othe
 // One backend's kernels, each called with its element type.
 struct Cpu {
   template <typename T>
-  static void forward(const std::optional<std::string>& algorithm, const T* input, const T* weight, const T* bias,
-                      T* output, const DepthwiseConv2dShape& shape, Activation activation, const Tensor&) {
+  static void forward(const std::optional<std::string>& algorithm, const T* input, const T* weight,
+                      const T* bias, T* output, const DepthwiseConv2dShape& shape, Activation activation,
+                      const Tensor&) {
     const std::string name = chosen(algorithm, "vectorized");
     if (name == "vectorized") {
-      FASTCONV_CALL_CPU(depthwise_conv2d_vectorized_forward_cpu<T>(input, weight, bias, output, shape, activation,
-                                                                   torch_threads));
+      FASTCONV_CALL_CPU(depthwise_conv2d_vectorized_forward_cpu<T>(input, weight, bias, output, shape,
+                                                                   activation, torch_threads));
     } else if (name == "row_blocked") {
       FASTCONV_CALL_CPU(depthwise_conv2d_row_blocked_forward_cpu<T>(input, weight, bias, output, shape,
                                                                     activation, torch_threads));
@@ -78,12 +80,12 @@ struct Cpu {
     const std::string name = chosen(algorithm, "vectorized");
     STD_TORCH_CHECK(name == "vectorized" || name == "row_blocked" || name == "plain",
                     "algorithm must be vectorized, row_blocked or plain, got ", name);
-#define FASTCONV_BACKWARD(variant)                                                                            \
-  if (grad_input)                                                                                             \
-    FASTCONV_CALL_CPU(depthwise_conv2d_##variant##_grad_input_cpu<T>(grad_output, weight, grad_input, shape,  \
-                                                                     torch_threads));                         \
-  if (grad_weight)                                                                                              \
-    FASTCONV_CALL_CPU(depthwise_conv2d_##variant##_grad_weight_cpu<T>(grad_output, input, grad_weight,        \
+#define FASTCONV_BACKWARD(variant)                                                                           \
+  if (grad_input)                                                                                            \
+    FASTCONV_CALL_CPU(depthwise_conv2d_##variant##_grad_input_cpu<T>(grad_output, weight, grad_input, shape, \
+                                                                     torch_threads));                        \
+  if (grad_weight)                                                                                           \
+    FASTCONV_CALL_CPU(depthwise_conv2d_##variant##_grad_weight_cpu<T>(grad_output, input, grad_weight,       \
                                                                       grad_bias, shape, torch_threads));
     if (name == "vectorized") {
       FASTCONV_BACKWARD(vectorized)
@@ -111,8 +113,9 @@ struct Cuda {
   }
 
   template <typename T>
-  static void forward(const std::optional<std::string>& algorithm, const T* input, const T* weight, const T* bias,
-                      T* output, const DepthwiseConv2dShape& shape, Activation activation, const Tensor& tensor) {
+  static void forward(const std::optional<std::string>& algorithm, const T* input, const T* weight,
+                      const T* bias, T* output, const DepthwiseConv2dShape& shape, Activation activation,
+                      const Tensor& tensor) {
     const auto kernel =
         is_tiled(algorithm) ? depthwise_conv2d_tiled_forward_cuda<T> : depthwise_conv2d_plain_forward_cuda<T>;
     kernel(input, weight, bias, output, shape, activation, stream_of(tensor));
@@ -143,7 +146,8 @@ struct Cuda {
 
 template <typename Backend>
 Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, Integers stride, Integers padding,
-               Integers dilation, std::optional<std::string> activation, std::optional<std::string> algorithm) {
+               Integers dilation, std::optional<std::string> activation,
+               std::optional<std::string> algorithm) {
   const DepthwiseConv2dShape shape = make_shape(input, weight, stride, padding, dilation);
   if (bias) {
     check_rank(*bias, 1, "bias");
@@ -152,8 +156,8 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, Integers
     bias = as_contiguous(*bias);
   }
   const Activation parsed = parse_activation(activation);
-  const Tensor output = new_tensor({shape.batch, shape.out_channels, shape.out_height, shape.out_width}, input,
-                                   format_of(shape));
+  const Tensor output = new_tensor({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
+                                   input, format_of(shape));
   if (output.numel() == 0) return output;
   input = as_format(input, format_of(shape));
   weight = as_contiguous(weight);

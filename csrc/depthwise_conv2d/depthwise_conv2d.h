@@ -34,43 +34,39 @@ struct DepthwiseConv2dShape {
 //          output, grad_output (batch, out_channels, out_height, out_width)
 //          weight, grad_weight (out_channels, kernel_height, kernel_width)
 //          bias, grad_bias (out_channels)
-#define FASTCONV_DEPTHWISE_CONV2D_CPU(variant)                                                    \
-  template <typename T>                                                                           \
-  void depthwise_conv2d_##variant##_forward_cpu(                                                  \
-      const T* input, const T* weight, const T* bias, T* output, const DepthwiseConv2dShape& shape, \
-      Activation activation, ParallelFor threads);                                                \
-  template <typename T>                                                                           \
-  void depthwise_conv2d_##variant##_grad_input_cpu(                                               \
-      const T* grad_output, const T* weight, T* grad_input, const DepthwiseConv2dShape& shape,    \
-      ParallelFor threads);                                                                       \
-  template <typename T>                                                                           \
-  void depthwise_conv2d_##variant##_grad_weight_cpu(                                              \
-      const T* grad_output, const T* input, T* grad_weight, T* grad_bias,                         \
-      const DepthwiseConv2dShape& shape, ParallelFor threads);
+#define FASTCONV_DEPTHWISE_CONV2D_CPU(variant)                                                              \
+  template <typename T>                                                                                     \
+  void depthwise_conv2d_##variant##_forward_cpu(const T* input, const T* weight, const T* bias, T* output,  \
+                                                const DepthwiseConv2dShape& shape, Activation activation,   \
+                                                ParallelFor threads);                                       \
+  template <typename T>                                                                                     \
+  void depthwise_conv2d_##variant##_grad_input_cpu(const T* grad_output, const T* weight, T* grad_input,    \
+                                                   const DepthwiseConv2dShape& shape, ParallelFor threads); \
+  template <typename T>                                                                                     \
+  void depthwise_conv2d_##variant##_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight,   \
+                                                    T* grad_bias, const DepthwiseConv2dShape& shape,        \
+                                                    ParallelFor threads);
 
-FASTCONV_DECLARE_CPU(
-    FASTCONV_DEPTHWISE_CONV2D_CPU(plain)
-    FASTCONV_DEPTHWISE_CONV2D_CPU(row_blocked)
-    FASTCONV_DEPTHWISE_CONV2D_CPU(vectorized))
+FASTCONV_DECLARE_CPU(FASTCONV_DEPTHWISE_CONV2D_CPU(plain) FASTCONV_DEPTHWISE_CONV2D_CPU(row_blocked)
+                         FASTCONV_DEPTHWISE_CONV2D_CPU(vectorized))
 
 // The CUDA kernels launch on `stream` (a cudaStream_t) of the current device and return at once.
 // grad_weight sums in two stages: first into `workspace`, which holds
 // depthwise_conv2d_grad_weight_workspace(shape) values of accumulate_t<T>, then in a fixed order.
 int64_t depthwise_conv2d_grad_weight_workspace(const DepthwiseConv2dShape& shape);
 
-#define FASTCONV_DEPTHWISE_CONV2D_CUDA(variant)                                                   \
-  template <typename T>                                                                           \
-  void depthwise_conv2d_##variant##_forward_cuda(                                                 \
-      const T* input, const T* weight, const T* bias, T* output, const DepthwiseConv2dShape& shape, \
-      Activation activation, void* stream);                                                       \
-  template <typename T>                                                                           \
-  void depthwise_conv2d_##variant##_grad_input_cuda(                                              \
-      const T* grad_output, const T* weight, T* grad_input, const DepthwiseConv2dShape& shape,    \
-      void* stream);                                                                              \
-  template <typename T>                                                                           \
-  void depthwise_conv2d_##variant##_grad_weight_cuda(                                             \
-      const T* grad_output, const T* input, T* grad_weight, T* grad_bias,                         \
-      accumulate_t<T>* workspace, const DepthwiseConv2dShape& shape, void* stream);
+#define FASTCONV_DEPTHWISE_CONV2D_CUDA(variant)                                                             \
+  template <typename T>                                                                                     \
+  void depthwise_conv2d_##variant##_forward_cuda(const T* input, const T* weight, const T* bias, T* output, \
+                                                 const DepthwiseConv2dShape& shape, Activation activation,  \
+                                                 void* stream);                                             \
+  template <typename T>                                                                                     \
+  void depthwise_conv2d_##variant##_grad_input_cuda(const T* grad_output, const T* weight, T* grad_input,   \
+                                                    const DepthwiseConv2dShape& shape, void* stream);       \
+  template <typename T>                                                                                     \
+  void depthwise_conv2d_##variant##_grad_weight_cuda(const T* grad_output, const T* input, T* grad_weight,  \
+                                                     T* grad_bias, accumulate_t<T>* workspace,              \
+                                                     const DepthwiseConv2dShape& shape, void* stream);
 
 FASTCONV_DEPTHWISE_CONV2D_CUDA(plain)
 FASTCONV_DEPTHWISE_CONV2D_CUDA(tiled)

@@ -2,7 +2,8 @@
 //
 // One step of the outer loop computes one value of the result; it gathers all that the value depends on.
 // Bytes: every input is read kernel_height * kernel_width times from the caches; neighbours share nothing.
-// Limits: no vectors, no reuse in registers, a test for the border at every tap. Read it first; it is what the other
+// Limits: no vectors, no reuse in registers, a test for the border at every tap. Read it first; it is what
+// the other
 //   variants are measured against.
 #include "depthwise_conv2d.h"
 
@@ -15,11 +16,14 @@ struct Index {
   bool channels_last;
 
   int64_t operator()(int64_t n, int64_t c, int64_t h, int64_t w) const {
-    return channels_last ? ((n * height + h) * width + w) * channels + c : ((n * channels + c) * height + h) * width + w;
+    return channels_last ? ((n * height + h) * width + w) * channels + c
+                         : ((n * channels + c) * height + h) * width + w;
   }
 };
 
-Index input_index(const DepthwiseConv2dShape& s) { return {s.in_channels, s.in_height, s.in_width, s.channels_last}; }
+Index input_index(const DepthwiseConv2dShape& s) {
+  return {s.in_channels, s.in_height, s.in_width, s.channels_last};
+}
 Index output_index(const DepthwiseConv2dShape& s) {
   return {s.out_channels, s.out_height, s.out_width, s.channels_last};
 }
@@ -28,7 +32,8 @@ Index output_index(const DepthwiseConv2dShape& s) {
 
 template <typename T>
 void depthwise_conv2d_plain_forward_cpu(const T* input, const T* weight, const T* bias, T* output,
-                                        const DepthwiseConv2dShape& s, Activation activation, ParallelFor threads) {
+                                        const DepthwiseConv2dShape& s, Activation activation,
+                                        ParallelFor threads) {
   using A = accumulate_t<T>;
   const Index in = input_index(s), out = output_index(s);
   parallel_for(threads, s.batch * s.out_channels, [&](int64_t begin, int64_t end) {
@@ -81,8 +86,9 @@ void depthwise_conv2d_plain_grad_input_cpu(const T* grad_output, const T* weight
 }
 
 template <typename T>
-void depthwise_conv2d_plain_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
-                                            const DepthwiseConv2dShape& s, ParallelFor threads) {
+void depthwise_conv2d_plain_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight,
+                                            T* grad_bias, const DepthwiseConv2dShape& s,
+                                            ParallelFor threads) {
   using A = accumulate_t<T>;
   const Index in = input_index(s), out = output_index(s);
   parallel_for(threads, s.out_channels, [&](int64_t begin, int64_t end) {
@@ -111,12 +117,12 @@ void depthwise_conv2d_plain_grad_weight_cpu(const T* grad_output, const T* input
   });
 }
 
-#define FASTCONV_INSTANTIATE(T)                                                                            \
-  template void depthwise_conv2d_plain_forward_cpu<T>(const T*, const T*, const T*, T*,                    \
+#define FASTCONV_INSTANTIATE(T)                                                                              \
+  template void depthwise_conv2d_plain_forward_cpu<T>(const T*, const T*, const T*, T*,                      \
                                                       const DepthwiseConv2dShape&, Activation, ParallelFor); \
-  template void depthwise_conv2d_plain_grad_input_cpu<T>(const T*, const T*, T*,                           \
-                                                         const DepthwiseConv2dShape&, ParallelFor);        \
-  template void depthwise_conv2d_plain_grad_weight_cpu<T>(const T*, const T*, T*, T*,                      \
+  template void depthwise_conv2d_plain_grad_input_cpu<T>(const T*, const T*, T*,                             \
+                                                         const DepthwiseConv2dShape&, ParallelFor);          \
+  template void depthwise_conv2d_plain_grad_weight_cpu<T>(const T*, const T*, T*, T*,                        \
                                                           const DepthwiseConv2dShape&, ParallelFor);
 FASTCONV_INSTANTIATE(float)
 FASTCONV_INSTANTIATE(double)

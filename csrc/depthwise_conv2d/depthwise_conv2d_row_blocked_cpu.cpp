@@ -1,9 +1,10 @@
 // Depthwise convolution, C++, row_blocked: whole rows, so that the compiler can make vectors.
 //
 // The tap loops move outside the loop over a row: one step adds a scaled row of the input to a row of sums,
-//   sums[f] += w * x[f + shift], which has no test inside and is contiguous along the width (contiguous tensors) or
-//   along the channels (channels_last).
-// Bytes: the input once from memory, the row of sums once for each tap from the L1 cache: that traffic is the limit,
+//   sums[f] += w * x[f + shift], which has no test inside and is contiguous along the width (contiguous
+//   tensors) or along the channels (channels_last).
+// Bytes: the input once from memory, the row of sums once for each tap from the L1 cache: that traffic is the
+// limit,
 //   two loads and a store for each multiply-add.
 // Against plain: borders are cut off once a row instead of tested at every tap.
 #include <algorithm>
@@ -16,7 +17,8 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
-// Outputs [begin, end) whose tap at `offset` (tap * dilation - padding) falls inside an axis of `size` pixels.
+// Outputs [begin, end) whose tap at `offset` (tap * dilation - padding) falls inside an axis of `size`
+// pixels.
 struct Range {
   int64_t begin, end;
 };
@@ -25,14 +27,16 @@ Range outputs_inside(int64_t offset, int64_t stride, int64_t size, int64_t outpu
   return {begin, std::clamp<int64_t>(ceil_div(size - offset, stride), begin, outputs)};
 }
 
-// A pass visits rows; a row is a strip of `lines` parallel channels (1 in contiguous tensors, all in channels_last).
+// A pass visits rows; a row is a strip of `lines` parallel channels (1 in contiguous tensors, all in
+// channels_last).
 struct Layout {
   int64_t lines, row_groups;  // channels in a row; rows side by side in an image
   explicit Layout(const DepthwiseConv2dShape& s)
       : lines(s.channels_last ? s.out_channels : 1), row_groups(s.channels_last ? 1 : s.out_channels) {}
 };
 
-// visit(i, j, e, f, h, w): tap, output row, range of outputs in the row, input row, input column of the first.
+// visit(i, j, e, f, h, w): tap, output row, range of outputs in the row, input row, input column of the
+// first.
 template <typename Visit>
 void for_taps_of_row(const DepthwiseConv2dShape& s, int64_t e, const Visit& visit) {
   for (int64_t i = 0; i < s.kernel_height; ++i) {
@@ -107,8 +111,8 @@ void depthwise_conv2d_row_blocked_forward_cpu(const T* input, const T* weight, c
 template <typename T>
 void depthwise_conv2d_row_blocked_grad_input_cpu(const T* grad_output, const T* weight, T* grad_input,
                                                  const DepthwiseConv2dShape& s, ParallelFor threads) {
-  // An item is one input plane (contiguous) or one input image (channels_last), so that rows of grad_output can be
-  // scattered into it without another thread near.
+  // An item is one input plane (contiguous) or one input image (channels_last), so that rows of grad_output
+  // can be scattered into it without another thread near.
   using A = accumulate_t<T>;
   const int64_t planes = s.channels_last ? 1 : s.in_channels, lines = s.channels_last ? s.in_channels : 1;
   const int64_t multiplier = s.multiplier(), taps = s.kernel_height * s.kernel_width;
@@ -130,12 +134,14 @@ void depthwise_conv2d_row_blocked_grad_input_cpu(const T* grad_output, const T* 
             const T* w = weight + (c * multiplier + m) * taps + i * s.kernel_width + j;
             if (lines == 1) {
               const A factor = load(*w);
-              for (int64_t k = f.begin; k < f.end; ++k) sums[k * s.stride_width + offset] += factor * load(gy[k]);
+              for (int64_t k = f.begin; k < f.end; ++k)
+                sums[k * s.stride_width + offset] += factor * load(gy[k]);
             } else {
               for (int64_t k = f.begin; k < f.end; ++k) {
                 A* sum = sums + (k * s.stride_width + offset) * lines;
                 const T* pixel = gy + k * s.out_channels + m;
-                for (int64_t l = 0; l < lines; ++l) sum[l] += load(w[l * multiplier * taps]) * load(pixel[l * multiplier]);
+                for (int64_t l = 0; l < lines; ++l)
+                  sum[l] += load(w[l * multiplier * taps]) * load(pixel[l * multiplier]);
               }
             }
           }
@@ -149,8 +155,9 @@ void depthwise_conv2d_row_blocked_grad_input_cpu(const T* grad_output, const T* 
 }
 
 template <typename T>
-void depthwise_conv2d_row_blocked_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
-                                                  const DepthwiseConv2dShape& s, ParallelFor threads) {
+void depthwise_conv2d_row_blocked_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight,
+                                                  T* grad_bias, const DepthwiseConv2dShape& s,
+                                                  ParallelFor threads) {
   using A = accumulate_t<T>;
   const int64_t multiplier = s.multiplier(), taps = s.kernel_height * s.kernel_width;
   const int64_t width = 16;  // channels of an item: a cache line of float32 in a channels_last pixel
@@ -170,12 +177,14 @@ void depthwise_conv2d_row_blocked_grad_weight_cpu(const T* grad_output, const T*
               A* sum = sums + (i * s.kernel_width + j) * width + l;
               if (!s.channels_last) {
                 A total = 0;
-                for (int64_t k = f.begin; k < f.end; ++k, w += s.stride_width) total += load(gy[k]) * load(x[w]);
+                for (int64_t k = f.begin; k < f.end; ++k, w += s.stride_width)
+                  total += load(gy[k]) * load(x[w]);
                 *sum += total;
               } else {
                 for (int64_t k = f.begin; k < f.end; ++k, w += s.stride_width)
                   for (int64_t c = 0; c < count; ++c)
-                    sum[c] += load(gy[k * s.out_channels + c]) * load(x[w * s.in_channels + (first + c) / multiplier]);
+                    sum[c] += load(gy[k * s.out_channels + c]) *
+                              load(x[w * s.in_channels + (first + c) / multiplier]);
               }
             });
             for (int64_t k = 0; k < s.out_width; ++k)
@@ -190,12 +199,12 @@ void depthwise_conv2d_row_blocked_grad_weight_cpu(const T* grad_output, const T*
   });
 }
 
-#define FASTCONV_INSTANTIATE(T)                                                                                  \
-  template void depthwise_conv2d_row_blocked_forward_cpu<T>(const T*, const T*, const T*, T*,                    \
-                                                            const DepthwiseConv2dShape&, Activation, ParallelFor); \
-  template void depthwise_conv2d_row_blocked_grad_input_cpu<T>(const T*, const T*, T*,                           \
-                                                               const DepthwiseConv2dShape&, ParallelFor);        \
-  template void depthwise_conv2d_row_blocked_grad_weight_cpu<T>(const T*, const T*, T*, T*,                      \
+#define FASTCONV_INSTANTIATE(T)                                                                           \
+  template void depthwise_conv2d_row_blocked_forward_cpu<T>(                                              \
+      const T*, const T*, const T*, T*, const DepthwiseConv2dShape&, Activation, ParallelFor);            \
+  template void depthwise_conv2d_row_blocked_grad_input_cpu<T>(const T*, const T*, T*,                    \
+                                                               const DepthwiseConv2dShape&, ParallelFor); \
+  template void depthwise_conv2d_row_blocked_grad_weight_cpu<T>(const T*, const T*, T*, T*,               \
                                                                 const DepthwiseConv2dShape&, ParallelFor);
 FASTCONV_INSTANTIATE(float)
 FASTCONV_INSTANTIATE(double)

@@ -1,11 +1,14 @@
 // Depthwise convolution, C++, vectorized: forward and grad_input.
 //
-// Computes  out[e, f] = act(b + sum_ij in[e*s + i*d - p, f*s + j*d - p] * w[i, j]), a channel in each vector lane.
-// One inner step: 8 (or 7) output pixels of a row in registers; a row of taps in registers; each input pixel is
-//   loaded once and added into every output that it reaches: K loads and 8 K multiply-adds for 8 outputs a tap row.
+// Computes  out[e, f] = act(b + sum_ij in[e*s + i*d - p, f*s + j*d - p] * w[i, j]), a channel in each vector
+// lane. One inner step: 8 (or 7) output pixels of a row in registers; a row of taps in registers; each input
+// pixel is
+//   loaded once and added into every output that it reaches: K loads and 8 K multiply-adds for 8 outputs a
+//   tap row.
 // Bytes: input + output once, while a strip of rows stays in the L2 cache.
 // Against row_blocked: sums stay in registers over all taps, so the output is written once, not once a tap.
-// grad_input is the same loop: for stride s, the input rows and columns of each residue modulo s (a phase) are a
+// grad_input is the same loop: for stride s, the input rows and columns of each residue modulo s (a phase)
+// are a
 //   stride-1 convolution of grad_output with every s-th tap, reversed; no product with a zero, no atomics.
 // Limits: a channel multiplier, and images in float16 or bfloat16, go through a transposing copy of a strip.
 #include <numeric>
@@ -41,7 +44,8 @@ Geometry forward_geometry(const DepthwiseConv2dShape& s) {
   return g;
 }
 
-// The taps that reach residue `phase` modulo stride: first, first + step, ... and where they read grad_output.
+// The taps that reach residue `phase` modulo stride: first, first + step, ... and where they read
+// grad_output.
 struct PhaseTaps {
   int64_t first, step, count, dilation, offset;  // offset: `top` or `left` of the phase
 };
@@ -75,8 +79,9 @@ Geometry grad_input_geometry(const DepthwiseConv2dShape& s) {
   return g;
 }
 
-// Adds a row of the input to P outputs, S pixels apart, in each of R output rows: row q meets the J taps at taps[q],
-// one pixel apart. `first` is the column of input[0]; only if Edge may columns lie outside [0, width), as zeros.
+// Adds a row of the input to P outputs, S pixels apart, in each of R output rows: row q meets the J taps at
+// taps[q], one pixel apart. `first` is the column of input[0]; only if Edge may columns lie outside [0,
+// width), as zeros.
 template <int J, int S, int P, int R, bool Edge, typename A>
 inline __attribute__((always_inline)) void add_taps(Vector<A> (*sum)[P], const A* input, int64_t pixel_stride,
                                                     const A* const (&taps)[R], int64_t first, int64_t width) {
@@ -109,10 +114,10 @@ inline __attribute__((always_inline)) void add_taps(Vector<A> (*sum)[P], const A
 // A row (or two) of a strip: what its tiles of outputs have in common.
 template <typename A>
 struct RowView {
-  const A* input;   // the first tap's row, column 0 of the image
-  const A* taps;    // (taps_high, taps_wide, L)
-  A* output;        // the phase's column 0
-  const A* bias;    // (L), or null
+  const A* input;                                // the first tap's row, column 0 of the image
+  const A* taps;                                 // (taps_high, taps_wide, L)
+  A* output;                                     // the phase's column 0
+  const A* bias;                                 // (L), or null
   int64_t input_row_stride, input_pixel_stride;  // input_row_stride: between two taps
   int64_t output_row_stride, output_pixel_stride;
   int64_t begin, end;  // taps (R = 2: input rows) that lie inside the image
@@ -121,8 +126,8 @@ struct RowView {
   Activation activation;
 };
 
-// P outputs from `column`, in R rows. K: taps in a row if known at compile time, else 0; S: their stride if it is 1
-// or 2 and taps are one pixel apart, else 0. Two rows share the input rows between them.
+// P outputs from `column`, in R rows. K: taps in a row if known at compile time, else 0; S: their stride if
+// it is 1 or 2 and taps are one pixel apart, else 0. Two rows share the input rows between them.
 template <int K, int S, int P, int R, bool Edge, typename A>
 inline __attribute__((always_inline)) void compute_outputs(const RowView<A>& row, int64_t column) {
   static_assert(R == 1 || K > 0);
@@ -206,8 +211,8 @@ struct Strip {
   Block<A> output;
   const Geometry* geometry;
   const Phase* phase;
-  const A* taps;  // (taps_high, taps_wide, L)
-  const A* bias;  // (L), or null
+  const A* taps;    // (taps_high, taps_wide, L)
+  const A* bias;    // (L), or null
   bool accumulate;  // add to what the output holds, instead of starting from the bias
   Activation activation;
 };
@@ -231,7 +236,9 @@ void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t
   view.taps_high = phase.taps_high;
   view.taps_wide = phase.taps_wide;
   view.begin = std::min(top < 0 ? (-top + dilation - 1) / dilation : 0, phase.taps_high);
-  view.end = top < g.in_height ? std::min(phase.taps_high + R - 1, (g.in_height - 1 - top) / dilation + 1) : 0;
+  view.end = phase.taps_high > 0 && top < g.in_height
+                 ? std::min(phase.taps_high + R - 1, (g.in_height - 1 - top) / dilation + 1)
+                 : 0;
   view.stride = g.stride_width;
   view.dilation = phase.dilation_width;
   view.left = phase.left;
@@ -283,18 +290,25 @@ ColumnsKernel<A> choose_columns_kernel(const Geometry& g, const Phase& phase) {
   if (phase.dilation_width == 1 || phase.taps_wide == 1) {
     if (g.stride_width == 1) {
       if constexpr (std::is_same_v<A, float>) switch (phase.taps_wide) {
-          case 1: return columns_kernel<1, 1, P, A>(share);
-          case 2: return columns_kernel<2, 1, P, A>(share);
-          case 3: return columns_kernel<3, 1, P, A>(share);
-          case 5: return columns_kernel<5, 1, P, A>(share);
-          case 7: return columns_kernel<7, 1, P, A>(share);
+          case 1:
+            return columns_kernel<1, 1, P, A>(share);
+          case 2:
+            return columns_kernel<2, 1, P, A>(share);
+          case 3:
+            return columns_kernel<3, 1, P, A>(share);
+          case 5:
+            return columns_kernel<5, 1, P, A>(share);
+          case 7:
+            return columns_kernel<7, 1, P, A>(share);
         }
       return columns_kernel<0, 1, P, A>(share);
     }
     if (g.stride_width == 2) {
       if constexpr (std::is_same_v<A, float>) switch (phase.taps_wide) {
-          case 3: return columns_kernel<3, 2, P, A>(share);
-          case 5: return columns_kernel<5, 2, P, A>(share);
+          case 3:
+            return columns_kernel<3, 2, P, A>(share);
+          case 5:
+            return columns_kernel<5, 2, P, A>(share);
         }
       return columns_kernel<0, 2, P, A>(share);
     }
@@ -307,17 +321,21 @@ std::pair<int64_t, int64_t> input_rows(const Geometry& g, int64_t begin, int64_t
   int64_t low = g.in_height, high = 0;
   for (const Phase& phase : g.phases) {
     if (phase.taps_high == 0 || phase.taps_wide == 0) continue;
-    const int64_t first = (std::max<int64_t>(begin - phase.first_row, 0) + phase.row_step - 1) / phase.row_step;
+    const int64_t first =
+        (std::max<int64_t>(begin - phase.first_row, 0) + phase.row_step - 1) / phase.row_step;
     const int64_t last = (end - 1 - phase.first_row) / phase.row_step;
     low = std::min(low, first * g.stride_height - phase.top);
-    high = std::max(high, last * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top + 1);
+    high = std::max(high,
+                    last * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top + 1);
   }
   return {std::clamp<int64_t>(low, 0, g.in_height), std::clamp<int64_t>(high, 0, g.in_height)};
 }
 
-// Calls visit(address) for each cache line of columns [begin, end) of rows [top, bottom) of a channels_last image.
+// Calls visit(address) for each cache line of columns [begin, end) of rows [top, bottom) of a channels_last
+// image.
 template <typename T, typename Visit>
-void for_lines(const Image<T>& image, int64_t top, int64_t bottom, int64_t begin, int64_t end, const Visit& visit) {
+void for_lines(const Image<T>& image, int64_t top, int64_t bottom, int64_t begin, int64_t end,
+               const Visit& visit) {
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t row = std::max<int64_t>(top, 0); row < std::min(bottom, image.height); ++row) {
     const T* pixels = image.data + row * image.row_stride();
@@ -326,30 +344,33 @@ void for_lines(const Image<T>& image, int64_t top, int64_t bottom, int64_t begin
   }
 }
 
-// Asks for the outputs of two rows of every phase, and for the pixels that the next two rows read first: blocks of
-// channels jump from pixel to pixel, which the processor's own prefetchers do not follow.
+// Asks for the outputs of two rows of every phase, and for the pixels that the next two rows read first:
+// blocks of channels jump from pixel to pixel, which the processor's own prefetchers do not follow.
 template <typename T>
-void prefetch_rows(const Geometry& g, const Image<const T>& input, const Image<T>& output, int64_t row, int64_t column,
-                   int64_t column_end) {
+void prefetch_rows(const Geometry& g, const Image<const T>& input, const Image<T>& output, int64_t row,
+                   int64_t column, int64_t column_end) {
   const Phase& phase = g.phases[0];
   for_lines(output, row * phase.row_step, (row + 2) * phase.row_step, column * phase.column_step,
             column_end * phase.column_step, [](const T* line) { prefetch_for_write(line); });
-  const int64_t next = (row + 1) * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top + 1;
+  const int64_t next =
+      (row + 1) * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top + 1;
   for_lines(input, next, next + 2 * g.stride_height, column * g.stride_width, column_end * g.stride_width,
             [](const T* line) { __builtin_prefetch(line, 0, 2); });
 }
 
-// The convolution that both passes are. `in_lanes(first, m)`: the input channels of output channels first, ...,
-// in the m-th of `terms` terms; `weight_channel(channel, m)`: the filter that meets them.
+// The convolution that both passes are. `in_lanes(first, m)`: the input channels of output channels first,
+// ..., in the m-th of `terms` terms; `weight_channel(channel, m)`: the filter that meets them.
 template <typename T, typename InLanes, typename WeightChannel>
-void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channels, int64_t batch, bool channels_last,
-              const Geometry& g, const T* weight, int64_t weight_taps, const T* bias, Activation activation,
-              int64_t terms, const InLanes& in_lanes, const WeightChannel& weight_channel, ParallelFor threads) {
+void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channels, int64_t batch,
+              bool channels_last, const Geometry& g, const T* weight, int64_t weight_taps, const T* bias,
+              Activation activation, int64_t terms, const InLanes& in_lanes,
+              const WeightChannel& weight_channel, ParallelFor threads) {
   using A = accumulate_t<T>;
   constexpr int64_t L = lanes_of<A>;
   const Image<const T> in{nullptr, in_channels, g.in_height, g.in_width, channels_last};
   const Image<T> out{nullptr, out_channels, g.out_height, g.out_width, channels_last};
-  const bool in_place = std::is_same_v<T, A> && channels_last && out_channels >= L && in_lanes(0, 0).is_identity();
+  const bool in_place =
+      std::is_same_v<T, A> && channels_last && out_channels >= L && in_lanes(0, 0).is_identity();
   const int64_t blocks = (out_channels + L - 1) / L;
 
   // Strips of rows: as many as the L2 cache holds, but enough strips for every thread.
@@ -366,18 +387,22 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
 
   // In place, an item is a strip of a group of blocks whose packed taps fit the cache; else of one block.
   const int64_t packed = int64_t(g.taps.size()) * L;  // values of one block
-  const int64_t group = in_place ? std::clamp<int64_t>((192 << 10) / (packed * int64_t(sizeof(A))), 1, blocks) : 1;
+  const int64_t group =
+      in_place ? std::clamp<int64_t>((192 << 10) / (packed * int64_t(sizeof(A))), 1, blocks) : 1;
   const int64_t groups = (blocks + group - 1) / group;
-  const int64_t columns = (g.out_width + g.phases[0].column_step - 1) / g.phases[0].column_step;  // of phase 0, the most
+  const int64_t columns =
+      (g.out_width + g.phases[0].column_step - 1) / g.phases[0].column_step;  // of phase 0, the most
   const bool by_seven = columns % 8 != 0 && columns % 7 == 0;
   // In place, all blocks take turns on a few columns, so that memory is read in the order in which it lies.
   const int64_t columns_at_once = in_place ? (by_seven ? 14 : 16) : columns;
   std::vector<ColumnsKernel<A>> kernels;
   for (const Phase& phase : g.phases)
-    kernels.push_back(by_seven ? choose_columns_kernel<7, A>(g, phase) : choose_columns_kernel<8, A>(g, phase));
+    kernels.push_back(by_seven ? choose_columns_kernel<7, A>(g, phase)
+                               : choose_columns_kernel<8, A>(g, phase));
   int64_t tile_rows = 0;
   for (int64_t strip = 0; strip < strips; ++strip) {
-    const auto [low, high] = input_rows(g, strip * strip_rows, std::min((strip + 1) * strip_rows, g.out_height));
+    const auto [low, high] =
+        input_rows(g, strip * strip_rows, std::min((strip + 1) * strip_rows, g.out_height));
     tile_rows = std::max(tile_rows, high - low);
   }
 
@@ -432,7 +457,8 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
             if (in_place) prefetch_rows(g, source, target, row, column, column + columns_at_once);
             for (size_t k = 0; k < g.phases.size(); ++k) {
               const Phase& phase = g.phases[k];
-              const int64_t of_phase = (g.out_width - phase.first_column + phase.column_step - 1) / phase.column_step;
+              const int64_t of_phase =
+                  (g.out_width - phase.first_column + phase.column_step - 1) / phase.column_step;
               const int64_t column_end = std::min(column + columns_at_once, of_phase);
               const int64_t rows_left = (row_end - phase.first_row + row_step - 1) / row_step - row;
               for (int64_t block = 0; block < last_block - first_block; ++block) {
@@ -450,7 +476,8 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
       }
       if (!in_place) {
         const int64_t start = first_block * L;
-        store_tile<T, A>(target, {start}, std::min(L, out_channels - start), row_begin, row_end, out_tile.data());
+        store_tile<T, A>(target, {start}, std::min(L, out_channels - start), row_begin, row_end,
+                         out_tile.data());
       }
     }
   });
@@ -481,10 +508,10 @@ void depthwise_conv2d_vectorized_grad_input_cpu(const T* grad_output, const T* w
       [&](int64_t channel, int64_t m) { return channel * multiplier + m; }, threads);
 }
 
-#define FASTCONV_INSTANTIATE(T)                                                                                \
-  template void depthwise_conv2d_vectorized_forward_cpu<T>(const T*, const T*, const T*, T*,                   \
-                                                           const DepthwiseConv2dShape&, Activation, ParallelFor); \
-  template void depthwise_conv2d_vectorized_grad_input_cpu<T>(const T*, const T*, T*,                          \
+#define FASTCONV_INSTANTIATE(T)                                                                \
+  template void depthwise_conv2d_vectorized_forward_cpu<T>(                                    \
+      const T*, const T*, const T*, T*, const DepthwiseConv2dShape&, Activation, ParallelFor); \
+  template void depthwise_conv2d_vectorized_grad_input_cpu<T>(const T*, const T*, T*,          \
                                                               const DepthwiseConv2dShape&, ParallelFor);
 FASTCONV_INSTANTIATE(float)
 FASTCONV_INSTANTIATE(double)

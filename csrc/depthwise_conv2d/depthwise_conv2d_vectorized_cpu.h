@@ -1,8 +1,8 @@
 // What the vectorized passes share: images seen as blocks of channels, one channel a lane.
 //
-// A block is (rows, pixels, lanes). A channels_last image in the compute type already is one, so it is read and
-// written where it lies; any other image (contiguous, bfloat16, float16, a channel multiplier, fewer channels
-// than lanes) goes through a scratch tile of a few rows, transposed and converted on the way.
+// A block is (rows, pixels, lanes). A channels_last image in the compute type already is one, so it is read
+// and written where it lies; any other image (contiguous, bfloat16, float16, a channel multiplier, fewer
+// channels than lanes) goes through a scratch tile of a few rows, transposed and converted on the way.
 #pragma once
 
 #include <algorithm>
@@ -45,10 +45,12 @@ bool readable_in_place(const Image<T>& image, const Lanes& lanes) {
          lanes.first + lanes_of<A> <= image.channels;
 }
 
-// Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes hold anything finite
-// that the image holds. In a contiguous image the rows of a channel are one run, transposed L pixels at a time.
+// Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes hold anything
+// finite that the image holds. In a contiguous image the rows of a channel are one run, transposed L pixels
+// at a time.
 template <typename T, typename A>
-void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end, A* tile) {
+void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,
+               A* tile) {
   constexpr int L = lanes_of<A>;
   const int64_t pixels = (end - begin) * image.width, first = begin * image.width;
   if (image.channels_last) {
@@ -81,7 +83,8 @@ void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, i
 
 // The way back: rows [begin, end) of a (rows, width, lanes) tile into the image.
 template <typename T, typename A>
-void store_tile(const Image<T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end, const A* tile) {
+void store_tile(const Image<T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,
+                const A* tile) {
   constexpr int L = lanes_of<A>;
   const int64_t pixels = (end - begin) * image.width, first = begin * image.width;
   if (image.channels_last) {
@@ -107,13 +110,14 @@ void store_tile(const Image<T>& image, const Lanes& lanes, int64_t count, int64_
       if (lane < count) store_vector(runs + lane * image.channel_stride() + k, square[lane]);
   }
   for (; k < pixels; ++k)
-    for (int lane = 0; lane < count; ++lane) store(&runs[lane * image.channel_stride() + k], tile[k * L + lane]);
+    for (int lane = 0; lane < count; ++lane)
+      store(&runs[lane * image.channel_stride() + k], tile[k * L + lane]);
 }
 
 // Rows [begin, end) of a block of channels, in place if possible, else through `tile`.
 template <typename T, typename A>
-Block<const A> read_block(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,
-                          A* tile) {
+Block<const A> read_block(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin,
+                          int64_t end, A* tile) {
   if constexpr (std::is_same_v<T, A>)
     if (readable_in_place<const T, A>(image, lanes))
       return {image.data + lanes.first, image.row_stride(), image.pixel_stride()};
@@ -122,8 +126,8 @@ Block<const A> read_block(const Image<const T>& image, const Lanes& lanes, int64
   return {tile - begin * image.width * L, image.width * L, L};
 }
 
-// Channels are cut into blocks of L. In place, the last block starts early rather than be short: it computes some
-// channels again, to the same bits.
+// Channels are cut into blocks of L. In place, the last block starts early rather than be short: it computes
+// some channels again, to the same bits.
 inline int64_t block_start(int64_t block, int64_t channels, int64_t L) {
   return std::min(block * L, std::max<int64_t>(channels - L, 0));
 }

@@ -1,10 +1,12 @@
 // Depthwise convolution, C++, vectorized: grad_weight and grad_bias.
 //
-// Computes  gw[i, j] = sum over n, e, f of gy[n, e, f] * x[n, e*s + i*d - p, f*s + j*d - p], a channel in each lane.
-// One inner step: 8 (or 7) pixels of a row of gy in registers, and a row of sums; each pixel of x is loaded once and
+// Computes  gw[i, j] = sum over n, e, f of gy[n, e, f] * x[n, e*s + i*d - p, f*s + j*d - p], a channel in
+// each lane. One inner step: 8 (or 7) pixels of a row of gy in registers, and a row of sums; each pixel of x
+// is loaded once and
 //   multiplied with every gy that it meets: K + 15 loads for 8 K multiply-adds.
 // Bytes: x + gy once for every block of channels, each read where it lies (channels_last) or through a tile.
-// Threads share no sums: an item is a block of channels and a slice of the rows of the batch; the slices' sums are
+// Threads share no sums: an item is a block of channels and a slice of the rows of the batch; the slices'
+// sums are
 //   added in a fixed order, so the result has the same bits for any number of threads.
 // Limits: the number of slices, and with it the order of additions, depends on the shape.
 #include <vector>
@@ -23,11 +25,11 @@ struct Rows {
   int64_t stride, dilation, left;
 };
 
-// sum[j] += gy[f] * x[f*S + j] for P outputs f from `column` and J taps from tap `first_tap`. Two chains of sums
-// where J is small, since a chain of additions into one register takes 4 cycles a link.
+// sum[j] += gy[f] * x[f*S + j] for P outputs f from `column` and J taps from tap `first_tap`. Two chains of
+// sums where J is small, since a chain of additions into one register takes 4 cycles a link.
 template <int J, int S, int P, bool Edge, typename A>
-inline __attribute__((always_inline)) void add_products(Vector<A> (&sum)[2][J], const Rows<A>& rows, int64_t column,
-                                                        int64_t first_tap) {
+inline __attribute__((always_inline)) void add_products(Vector<A> (&sum)[2][J], const Rows<A>& rows,
+                                                        int64_t column, int64_t first_tap) {
   Vector<A> grad[P];
 #pragma GCC unroll 8
   for (int f = 0; f < P; ++f) {
@@ -117,17 +119,19 @@ FilterRowKernel<A> choose_filter_row_kernel(const DepthwiseConv2dShape& s) {
 }  // namespace
 
 template <typename T>
-void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
-                                                 const DepthwiseConv2dShape& s, ParallelFor threads) {
+void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight,
+                                                 T* grad_bias, const DepthwiseConv2dShape& s,
+                                                 ParallelFor threads) {
   using A = accumulate_t<T>;
   constexpr int64_t L = lanes_of<A>;
-  const int64_t taps = s.kernel_height * s.kernel_width, sums_of_block = (taps + 1) * L;  // the last is the bias
+  const int64_t taps = s.kernel_height * s.kernel_width,
+                sums_of_block = (taps + 1) * L;  // the last is the bias
   const int64_t multiplier = s.multiplier();
   const bool in_place = std::is_same_v<T, A> && s.channels_last && s.out_channels >= L && multiplier == 1;
   const int64_t blocks = (s.out_channels + L - 1) / L;
 
-  // An item is a group of blocks and a slice of the rows of the whole batch: enough items for many threads, slices few
-  // enough that their sums stay small. Through a tile, a group is one block.
+  // An item is a group of blocks and a slice of the rows of the whole batch: enough items for many threads,
+  // slices few enough that their sums stay small. Through a tile, a group is one block.
   const int64_t block_bytes = sums_of_block * int64_t(sizeof(A));
   const int64_t group = in_place ? std::clamp<int64_t>((192 << 10) / block_bytes, 1, blocks) : 1;
   const int64_t groups = (blocks + group - 1) / group;
@@ -160,11 +164,11 @@ void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* 
         const int64_t e_end = std::min({e_begin + part_rows, s.out_height, e_begin + row_end - row});
         row += e_end - e_begin;
         const int64_t low = std::clamp<int64_t>(e_begin * s.stride_height - s.padding_top, 0, s.in_height);
-        const int64_t high = std::clamp<int64_t>((e_end - 1) * s.stride_height - s.padding_top +
-                                                     (s.kernel_height - 1) * s.dilation_height + 1,
-                                                 low, s.in_height);
-        const Image<const T> x{input + n * s.in_channels * s.in_height * s.in_width, s.in_channels, s.in_height,
-                               s.in_width, s.channels_last};
+        const int64_t high = std::clamp<int64_t>(
+            (e_end - 1) * s.stride_height - s.padding_top + (s.kernel_height - 1) * s.dilation_height + 1,
+            low, s.in_height);
+        const Image<const T> x{input + n * s.in_channels * s.in_height * s.in_width, s.in_channels,
+                               s.in_height, s.in_width, s.channels_last};
         const Image<const T> gy{grad_output + n * s.out_channels * s.out_height * s.out_width, s.out_channels,
                                 s.out_height, s.out_width, s.channels_last};
         for (int64_t b = 0; b < count_blocks; ++b) {
@@ -178,9 +182,14 @@ void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* 
             const int64_t column_end = std::min(column + columns_at_once, s.out_width);
             for (int64_t b = 0; b < count_blocks; ++b) {
               A* sums_here = sums + b * sums_of_block;
-              Rows<A> pair{gys[b].data + e * gys[b].row_stride, nullptr,         gys[b].pixel_stride,
-                           xs[b].pixel_stride,                  s.in_width,      s.stride_width,
-                           s.dilation_width,                    s.padding_left};
+              Rows<A> pair{gys[b].data + e * gys[b].row_stride,
+                           nullptr,
+                           gys[b].pixel_stride,
+                           xs[b].pixel_stride,
+                           s.in_width,
+                           s.stride_width,
+                           s.dilation_width,
+                           s.padding_left};
               for (int64_t i = 0; i < s.kernel_height; ++i) {
                 const int64_t h = e * s.stride_height + i * s.dilation_height - s.padding_top;
                 if (h < 0 || h >= s.in_height) continue;
@@ -212,9 +221,9 @@ void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* 
   }
 }
 
-#define FASTCONV_INSTANTIATE(T)                                 \
-  template void depthwise_conv2d_vectorized_grad_weight_cpu<T>( \
-      const T*, const T*, T*, T*, const DepthwiseConv2dShape&, ParallelFor);
+#define FASTCONV_INSTANTIATE(T)                                                            \
+  template void depthwise_conv2d_vectorized_grad_weight_cpu<T>(const T*, const T*, T*, T*, \
+                                                               const DepthwiseConv2dShape&, ParallelFor);
 FASTCONV_INSTANTIATE(float)
 FASTCONV_INSTANTIATE(double)
 FASTCONV_INSTANTIATE(BFloat16)

@@ -1,7 +1,6 @@
 """The activations that a convolution applies to its sum, and their derivatives.
 
-``gelu`` is ``x * Phi(x)``, ``gelu_tanh`` its tanh form, ``silu`` ``x * sigmoid(x)`` (spec: batch normalisation
-and activations).
+``gelu`` is ``x * Phi(x)``, ``gelu_tanh`` its tanh form, ``silu`` is ``x * sigmoid(x)``.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
     return functional.silu(x)
 
 
-def activation_backward(
-    grad: torch.Tensor, x: torch.Tensor, activation: str | None
-) -> torch.Tensor:
+def activation_backward(grad: torch.Tensor, x: torch.Tensor, activation: str | None) -> torch.Tensor:
     """Gradient with respect to the sum ``x``; for ``FROM_OUTPUT``, ``x`` may be the output instead."""
     aten = torch.ops.aten
     if activation is None:

@@ -6,7 +6,7 @@ Every error names the argument, what it was, and what is allowed.
 from __future__ import annotations
 
 import operator
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -46,9 +46,7 @@ def padding_sides(
         if padding == "valid":
             return 0, 0, 0, 0
         if padding != "same":
-            raise ValueError(
-                f"padding must be 'same', 'valid', an integer or a pair, got {padding!r}"
-            )
+            raise ValueError(f"padding must be 'same', 'valid', an integer or a pair, got {padding!r}")
         if stride[0] != 1 or stride[1] != 1:
             raise ValueError(f"padding='same' needs stride 1, got stride={tuple(stride)}")
         height, width = (d * (k - 1) for d, k in zip(dilation, kernel))
@@ -71,7 +69,7 @@ def output_size(
 
 
 def check_tensor(name: str, tensor: object, rank: int, like: torch.Tensor | None = None) -> None:
-    """Raises unless ``tensor`` has ``rank`` dimensions, a supported dtype, and ``like``'s device and dtype."""
+    """Raises unless ``tensor`` has this rank, a supported dtype, and the device and dtype of ``like``."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dim() != rank:

@@ -16,7 +16,8 @@ All overloads share the schema and every formula, which an operator's own file s
 from __future__ import annotations
 
 import importlib
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula

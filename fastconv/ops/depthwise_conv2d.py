@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -53,9 +54,12 @@ def depthwise_conv2d(
     backend: str | None = None,
     algorithm: str | None = None,
 ) -> torch.Tensor:
-    """Depthwise 2-D convolution, ``y[n,o,e,f] = act(b[o] + sum_ij x[n,o//m,e*s+i*d-p,f*s+j*d-p] * w[o,0,i,j])``.
+    """Depthwise 2-D convolution: one filter, or ``m`` filters, for each channel.
 
-    The same as ``torch.nn.functional.conv2d(..., groups=C)``, with an activation folded in. Differentiable twice.
+    ``y[n,o,e,f] = act(b[o] + sum_ij x[n, o//m, e*s + i*d - p, f*s + j*d - p] * w[o,0,i,j])``.
+
+    The same as ``torch.nn.functional.conv2d(..., groups=C)``, with an activation folded in, and
+    differentiable twice.
     The output has the memory format of the input, contiguous or channels_last.
 
     Args:
@@ -260,7 +264,7 @@ def _backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward_backward(ctx: Any, grad_grad_input, grad_grad_weight, grad_grad_bias) -> tuple:
-    """The operator is linear in each of (grad_output, input, weight), so its gradients are convolutions again."""
+    """The gradients are linear in each of (grad_output, input, weight): convolutions again."""
     grad_output, input, weight = ctx.saved_tensors
     geometry, algorithm = ctx.geometry, ctx.algorithm
     need_input, need_weight, need_bias = ctx.need
