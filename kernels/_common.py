@@ -13,6 +13,13 @@ INTERPRETED = triton.knobs.runtime.interpret
 # Products are added in one rounding, whatever TRITON_DEFAULT_FP_FUSION says.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
+# Arguments for whose value 1, or a multiple of 16, Triton shall not compile a kernel of its own. Strides and
+# channels are not among them: only a kernel that knows them for multiples loads several values at once.
+SIZES = (
+    *("batch", "in_height", "in_width", "out_height", "out_width", "top", "left"),
+    *("pixel_blocks", "strips", "slices", "slice_length"),
+)
+
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU the current one, where Triton launches; nothing for CPU tensors."""

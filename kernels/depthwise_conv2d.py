@@ -19,7 +19,7 @@ import triton.language as tl
 from fastconv.ops._arguments import output_size
 from fastconv.ops._operator import memory_format_of
 
-from ._common import COMPILE_OPTIONS, in_memory_format, loop_bound, on_device_of, sum_type
+from ._common import COMPILE_OPTIONS, SIZES, in_memory_format, loop_bound, on_device_of, sum_type
 from .depthwise_conv2d_plain import (
     depthwise_conv2d_plain_forward_kernel,
     depthwise_conv2d_plain_grad_input_kernel,
@@ -38,7 +38,7 @@ MOST_LOADS = 84  # in the unrolled code of a tiled kernel; the time to compile i
 GRAD_WEIGHT_PROGRAMS = 512  # a few for each multiprocessor of a large GPU
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_conv2d_grad_weight_sum_kernel(
     partial_ptr,  # (slices, TAPS + 1, O); the last tap is the bias
     grad_weight_ptr,  # (O, TAPS) or None

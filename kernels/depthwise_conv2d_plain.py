@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import activate, loop_bound
+from ._common import SIZES, activate, loop_bound
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _position(flat, channels, height, width, CHANNELS_LAST: tl.constexpr):
     return n, c, h, w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_conv2d_plain_forward_kernel(
     input_ptr,  # (N, C, H, W), any strides
     weight_ptr,  # (O, KH, KW), contiguous
@@ -59,7 +59,7 @@ def depthwise_conv2d_plain_forward_kernel(
     tl.store(output_ptr + flat, activate(total, ACTIVATION), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_conv2d_plain_grad_input_kernel(
     grad_output_ptr,  # (N, O, E, F), any strides
     weight_ptr,  # (O, KH, KW), contiguous
@@ -91,7 +91,7 @@ def depthwise_conv2d_plain_grad_input_kernel(
     tl.store(grad_input_ptr + flat, total, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_conv2d_plain_grad_weight_kernel(
     grad_output_ptr,  # (N, O, E, F), any strides
     input_ptr,  # (N, C, H, W), any strides

@@ -16,7 +16,7 @@ import math
 import triton
 import triton.language as tl
 
-from ._common import activate, loop_bound
+from ._common import SIZES, activate, loop_bound
 
 #
 # Everything below is unrolled when the kernel is compiled, so that sums, taps and pixels live in registers.
@@ -150,7 +150,7 @@ def _add_taps(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_conv2d_tiled_forward_kernel(
     input_ptr,  # (N, C, H, W), any strides
     weight_ptr,  # (O, KH * KW), any strides
@@ -204,7 +204,7 @@ def depthwise_conv2d_tiled_forward_kernel(
             tl.store(target, activate(total, ACTIVATION), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_conv2d_tiled_grad_input_kernel(
     grad_output_ptr,  # (N, O, E, F), any strides
     weight_ptr,  # (O, KH * KW), any strides
@@ -265,7 +265,7 @@ def depthwise_conv2d_tiled_grad_input_kernel(
             tl.store(grad_input + h * input_stride_h + w * input_stride_w, sums[r * COLUMNS + p], mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_conv2d_tiled_grad_weight_kernel(
     grad_output_ptr,  # (N, O, E, F), any strides
     input_ptr,  # (N, C, H, W), any strides

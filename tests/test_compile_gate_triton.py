@@ -129,12 +129,14 @@ class Recorder:
         for index, (name, parameter) in enumerate(zip(names, self.kernel.params)):
             value = values[name]
             # As a launch specialises its arguments: on None, on 1, and on multiples of 16.
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            specialised = not parameter.do_not_specialize
+            is_one = specialised and type(value) is int and value == 1
+            if parameter.is_constexpr or value is None or is_one:
                 signature[name], constants[name] = "constexpr", value
                 continue
             is_tensor = isinstance(value, torch.Tensor)
             signature[name] = pointers[value.dtype] if is_tensor else "i32" if value < 2**31 else "i64"
-            if is_tensor or value % 16 == 0:
+            if is_tensor or (specialised and value % 16 == 0):
                 divisible[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, divisible)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
