@@ -11,6 +11,7 @@ import torch
 
 from fastconv import _library, cli
 
+needs_host = pytest.mark.skipif(_library.host() is None, reason="fastconv._host is not built")
 COMMANDS = ["doctor", "compare", "cost", "bench", "ladder", "report"]
 FACTORY = """
 from torch import nn
@@ -93,10 +94,15 @@ def test_doctor():
         assert word in result.stdout, word
 
 
-def test_doctor_names_the_forced_instruction_set():
-    result = fastconv("doctor", FASTCONV_CPU_CAPABILITY="portable")
-    if "_host is not built" not in result.stdout:
-        assert "chosen: portable (FASTCONV_CPU_CAPABILITY)" in result.stdout
+@needs_host
+@pytest.mark.parametrize(
+    "name, words",
+    [("portable", "chosen: portable (FASTCONV_CPU_CAPABILITY)"), ("sse9", "unset FASTCONV_CPU_CAPABILITY")],
+)
+def test_doctor_and_a_forced_instruction_set(name, words):
+    result = fastconv("doctor", FASTCONV_CPU_CAPABILITY=name)
+    assert result.returncode == 0, result.stderr
+    assert words in result.stdout
 
 
 def test_doctor_names_the_command_for_what_is_missing(tmp_path):
@@ -113,10 +119,7 @@ def test_doctor_names_the_command_for_what_is_missing(tmp_path):
     assert "C++ kernels: pip install --no-build-isolation" in result.stdout
 
 
-needs_ceilings = pytest.mark.skipif(_library.host() is None, reason="the ceilings need fastconv._host")
-
-
-@needs_ceilings
+@needs_host
 def test_cost(folder):
     result = fastconv("cost", "mynetwork:build", "--input-size", "2,3,8,8", cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -125,7 +128,7 @@ def test_cost(folder):
     assert "AdaptiveAvgPool2d" in result.stdout
 
 
-@needs_ceilings
+@needs_host
 def test_cost_of_a_network_of_the_library(here):
     _, out, _ = here("cost", "mobilenet_v1", "--set", "width=0.25", "--batch", 2)
     assert f"{2 * 41_030_272:,} MACs, 470,072 parameters" in out

@@ -404,14 +404,14 @@ def test_shared_layers_count_each_call(times):
             self.unused = nn.Conv2d(4, 4, 3, groups=4)
 
         def forward(self, x, *, scale):
-            return {"y": self.again(input=self.layer(x)[..., 1:]) * scale}
+            return {"y": self.again(input=self.layer(self.layer(x))[..., 1:]) * scale}
 
     model = Twice().to(DEVICE)
     x = torch.randn(1, 4, 8, 8, device=DEVICE)
     fastconv.optimize(model, {"x": x, "scale": 2.0}, backend="reference")
     found = row(model, "layer")
     assert [r.name for r in fastconv.report(model).rows] == ["layer", "unused"]
-    assert (found.calls, found.macs, found.seconds_before) == (2, 4 * 9 * (64 + 56), 4.0)
+    assert (found.calls, found.macs, found.seconds_before) == (3, 4 * 9 * (64 + 64 + 56), 6.0)
     assert model.again is model.layer and type(model.layer) is DepthwiseConv2d
     assert row(model, "unused").reason == "example_input does not reach it"
     assert type(model.unused) is nn.Conv2d

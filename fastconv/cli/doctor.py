@@ -92,8 +92,11 @@ def findings() -> Iterator[tuple[str, str, str | None]]:
         yield "instruction sets", "fastconv._host is not built", BUILD
         return
     forced = os.environ.get("FASTCONV_CPU_CAPABILITY")
-    chosen = host.cpu_capability() + (" (FASTCONV_CPU_CAPABILITY)" if forced else "")
-    yield "instruction sets", f"{', '.join(host.cpu_capabilities())}; chosen: {chosen}", None
+    try:
+        chosen = host.cpu_capability() + (" (FASTCONV_CPU_CAPABILITY)" if forced else "")
+        yield "instruction sets", f"{', '.join(host.cpu_capabilities())}; chosen: {chosen}", None
+    except RuntimeError as error:  # the variable names none that this processor has
+        yield "instruction sets", str(error), "unset FASTCONV_CPU_CAPABILITY"
     if host.built_with_cuda():
         problem = _library.problem("cuda")
         yield "CUDA kernels", problem or f"built for {_architectures()}", None
