@@ -302,6 +302,14 @@ def test_strict_leaves_the_model_as_it_was(times):
     assert type(model[6]) is nn.Conv2d
 
 
+def test_strict_gives_an_earlier_kernel_back():
+    model = fastconv.optimize(network(), only="3", backend="reference")
+    model[6].forward = model[6].forward
+    with pytest.raises(fastconv.OptimizeError, match="6: its forward is replaced"):
+        fastconv.optimize(model, strict=True, backend="aten")
+    assert type(model[3]) is DepthwiseConv2d and model[3].backend == "reference"
+
+
 def test_no_traces(times):
     model, x = network().train(), images().requires_grad_()
     model[1].eval()

@@ -90,7 +90,7 @@ def optimize_with_progress(
             _raise_if_incomplete(result)
     except BaseException:
         for module, kind, state in before:
-            if type(module) is not kind:
+            if SWAPPED_FROM in state or SWAPPED_FROM in module.__dict__:
                 module.__class__ = kind
                 module.__dict__.clear()
                 module.__dict__.update(state)
