@@ -24,15 +24,16 @@ namespace fastconv {
 
 #if defined(FASTCONV_EMULATOR)
 #define FASTCONV_ACCESS(memory, address, active) \
-  if (::emulator::counting) ::emulator::count_access(::emulator::Memory::memory, address, sizeof(T), active, site)
+  if (::emulator::counting)                      \
+  ::emulator::count_access(::emulator::Memory::memory, address, sizeof(T), active, site)
 #define FASTCONV_AND_SITE , FASTCONV_SITE
 #else
 #define FASTCONV_ACCESS(memory, address, active)
 #define FASTCONV_AND_SITE
 #endif
 
-// The value at `address`, or zero without a look at it where `active` is false. Lanes of a warp that differ in
-// `active` still make one access.
+// The value at `address`, or zero without a look at it where `active` is false. Lanes of a warp that differ
+// in `active` still make one access.
 template <typename T>
 __device__ __forceinline__ T load_global(const T* address, bool active = true FASTCONV_AND_SITE) {
   FASTCONV_ACCESS(global_load, address, active);
@@ -59,8 +60,8 @@ __device__ __forceinline__ void store_shared(T* address, std::type_identity_t<T>
   if (active) *address = value;
 }
 
-// Starts to copy one value of 2, 4, 8 or 16 bytes to shared memory, or zero where `active` is false. The value is
-// there after wait_for_copies() and a barrier; meanwhile it takes no register.
+// Starts to copy one value of 2, 4, 8 or 16 bytes to shared memory, or zero where `active` is false. The
+// value is there after wait_for_copies() and a barrier; meanwhile it takes no register.
 template <typename T>
 __device__ __forceinline__ void copy_to_shared(T* shared, const T* global, bool active FASTCONV_AND_SITE) {
   FASTCONV_ACCESS(global_load, global, active);
@@ -95,31 +96,36 @@ __device__ __forceinline__ T rounded(accumulate_t<T> value) {
 #if defined(FASTCONV_EMULATOR)
 #define FASTCONV_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::emulator::dynamic_shared())
 #else
-#define FASTCONV_DYNAMIC_SHARED(T, name)                               \
+#define FASTCONV_DYNAMIC_SHARED(T, name)                                 \
   extern __shared__ __align__(16) unsigned char fastconv_shared_bytes[]; \
   T* const name = reinterpret_cast<T*>(fastconv_shared_bytes)
 #endif
 
-// FASTCONV_LAUNCH((kernel<T, 3>), grid, block, shared_bytes, stream, arguments...) starts a kernel on a stream (a
-// cudaStream_t as void*) of the current device, and throws std::runtime_error with the kernel's name if it cannot.
+// FASTCONV_LAUNCH((kernel<T, 3>), grid, block, shared_bytes, stream, arguments...) starts a kernel on a
+// stream (a cudaStream_t as void*) of the current device, and throws std::runtime_error with the kernel's
+// name if it cannot.
 #if defined(FASTCONV_EMULATOR)
 #define FASTCONV_LAUNCH(kernel, ...) ::emulator::launch<kernel>(kernel, __VA_ARGS__)
 #else
 #define FASTCONV_LAUNCH(kernel, ...) ::fastconv::launch(#kernel, kernel, __VA_ARGS__)
 
 inline void check_cuda(cudaError_t error, const char* kernel) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorName(error) + ": " +
-                             cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next call that asks would find it
+  throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
 }
 
 template <typename... P>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             std::type_identity_t<P>... arguments) {
   if (shared_bytes > 48 << 10)  // more has to be asked for
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check_cuda(cudaGetLastError(), name);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+               name);
+  void* const values[] = {const_cast<void*>(static_cast<const void*>(&arguments))..., nullptr};
+  check_cuda(cudaLaunchKernel(kernel, grid, block, const_cast<void**>(values), shared_bytes,
+                              static_cast<cudaStream_t>(stream)),
+             name);
 }
 #endif
 
@@ -128,7 +134,8 @@ FASTCONV_HOST_DEVICE constexpr int64_t ceil_div(int64_t value, int64_t by) { ret
 // A count of blocks as a grid's x.
 inline unsigned grid_size(int64_t blocks) {
   if (blocks > 0x7fffffff)
-    throw std::runtime_error("a CUDA grid has at most 2^31 - 1 blocks, this size needs " + std::to_string(blocks));
+    throw std::runtime_error("a CUDA grid has at most 2^31 - 1 blocks, this size needs " +
+                             std::to_string(blocks));
   return unsigned(blocks);
 }
 

@@ -11,8 +11,8 @@ struct Position {
   int64_t image, channel, row, column;
 };
 
-__device__ __forceinline__ Position position_of(int64_t index, int64_t channels, int64_t height, int64_t width,
-                                                bool channels_last) {
+__device__ __forceinline__ Position position_of(int64_t index, int64_t channels, int64_t height,
+                                                int64_t width, bool channels_last) {
   Position at;
   if (channels_last) {
     at.channel = index % channels;
@@ -31,7 +31,8 @@ __device__ __forceinline__ Position position_of(int64_t index, int64_t channels,
 }
 
 __device__ __forceinline__ int64_t offset_of(int64_t image, int64_t channel, int64_t row, int64_t column,
-                                             int64_t channels, int64_t height, int64_t width, bool channels_last) {
+                                             int64_t channels, int64_t height, int64_t width,
+                                             bool channels_last) {
   return channels_last ? ((image * height + row) * width + column) * channels + channel
                        : ((image * channels + channel) * height + row) * width + column;
 }

@@ -2,7 +2,8 @@
 //
 // Formula: depthwise_conv2d.h, written out.
 // One thread: one value of the output, or of grad_input. One block: one tap of grad_weight.
-// Bytes: each output reads its KH * KW inputs from memory; the caches keep most of that away from DRAM, the load
+// Bytes: each output reads its KH * KW inputs from memory; the caches keep most of that away from DRAM, the
+// load
 //   units feel all of it. grad_weight reads grad_output and input once for each tap.
 // Before it: nothing; this is the first step of the ladder.
 // Limits: integer divisions for each value, 64-bit arithmetic throughout.
@@ -15,7 +16,7 @@ namespace {
 constexpr int threads = 256;
 
 template <typename T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 1)
     depthwise_conv2d_plain_forward_kernel(const T* __restrict__ input,   // (N, C, H, W)
                                           const T* __restrict__ weight,  // (O, KH, KW)
                                           const T* __restrict__ bias,    // (O) or null
@@ -31,8 +32,8 @@ __global__ void __launch_bounds__(threads)
     for (int64_t j = 0; j < s.kernel_width; ++j) {
       const int64_t column = at.column * s.stride_width + j * s.dilation_width - s.padding_left;
       const bool inside = row >= 0 && row < s.in_height && column >= 0 && column < s.in_width;
-      const T* source = input + offset_of(at.image, channel, row, column, s.in_channels, s.in_height, s.in_width,
-                                          s.channels_last);
+      const T* source = input + offset_of(at.image, channel, row, column, s.in_channels, s.in_height,
+                                          s.in_width, s.channels_last);
       const T* tap = weight + (at.channel * s.kernel_height + i) * s.kernel_width + j;
       sum += load(load_global(source, inside)) * load(load_global(tap, inside));
     }
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(threads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 1)
     depthwise_conv2d_plain_grad_input_kernel(const T* __restrict__ grad_output,  // (N, O, E, F)
                                              const T* __restrict__ weight,       // (O, KH, KW)
                                              T* __restrict__ grad_input,         // (N, C, H, W)
@@ -62,8 +63,8 @@ __global__ void __launch_bounds__(threads)
         const int64_t column = from_left / s.stride_width;
         const bool inside =
             row_inside && from_left >= 0 && from_left % s.stride_width == 0 && column < s.out_width;
-        const T* source = grad_output + offset_of(at.image, channel, row, column, s.out_channels, s.out_height,
-                                                  s.out_width, s.channels_last);
+        const T* source = grad_output + offset_of(at.image, channel, row, column, s.out_channels,
+                                                  s.out_height, s.out_width, s.channels_last);
         const T* tap = weight + (channel * s.kernel_height + i) * s.kernel_width + j;
         sum += load(load_global(source, inside)) * load(load_global(tap, inside));
       }
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(threads)
 
 // Block b sums one tap over all images and output pixels; the blocks after the last tap sum grad_bias.
 template <typename T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 1)
     depthwise_conv2d_plain_grad_weight_kernel(const T* __restrict__ grad_output,  // (N, O, E, F)
                                               const T* __restrict__ input,        // (N, C, H, W)
                                               T* __restrict__ grad_weight,        // (O, KH, KW)
@@ -93,15 +94,15 @@ __global__ void __launch_bounds__(threads)
     const int64_t row = e * s.stride_height + i * s.dilation_height - s.padding_top;
     const int64_t column = f * s.stride_width + j * s.dilation_width - s.padding_left;
     const bool inside = is_bias || (row >= 0 && row < s.in_height && column >= 0 && column < s.in_width);
-    const A grad = load(load_global(
-        grad_output + offset_of(image, channel, e, f, s.out_channels, s.out_height, s.out_width, s.channels_last),
-        inside));
+    const A grad = load(load_global(grad_output + offset_of(image, channel, e, f, s.out_channels,
+                                                            s.out_height, s.out_width, s.channels_last),
+                                    inside));
     if (is_bias) {
       sum += grad;
       continue;
     }
-    sum += grad * load(load_global(input + offset_of(image, channel / s.multiplier(), row, column, s.in_channels,
-                                                     s.in_height, s.in_width, s.channels_last),
+    sum += grad * load(load_global(input + offset_of(image, channel / s.multiplier(), row, column,
+                                                     s.in_channels, s.in_height, s.in_width, s.channels_last),
                                    inside));
   }
   store_shared(&sums[threadIdx.x], sum);
@@ -112,7 +113,8 @@ __global__ void __launch_bounds__(threads)
     sum += other;
     store_shared(&sums[threadIdx.x], sum, adds);
   }
-  if (threadIdx.x == 0) store_global(is_bias ? grad_bias + channel : grad_weight + blockIdx.x, rounded<T>(sum));
+  if (threadIdx.x == 0)
+    store_global(is_bias ? grad_bias + channel : grad_weight + blockIdx.x, rounded<T>(sum));
 }
 
 }  // namespace
@@ -123,8 +125,8 @@ void depthwise_conv2d_plain_forward_cuda(const T* input, const T* weight, const 
                                          void* stream) {
   const int64_t count = shape.batch * shape.out_channels * shape.out_height * shape.out_width;
   if (count == 0) return;
-  FASTCONV_LAUNCH(depthwise_conv2d_plain_forward_kernel<T>, grid_size(ceil_div(count, threads)), threads, 0, stream,
-                  input, weight, bias, output, shape, activation);
+  FASTCONV_LAUNCH(depthwise_conv2d_plain_forward_kernel<T>, grid_size(ceil_div(count, threads)), threads, 0,
+                  stream, input, weight, bias, output, shape, activation);
 }
 
 template <typename T>
@@ -132,27 +134,27 @@ void depthwise_conv2d_plain_grad_input_cuda(const T* grad_output, const T* weigh
                                             const DepthwiseConv2dShape& shape, void* stream) {
   const int64_t count = shape.batch * shape.in_channels * shape.in_height * shape.in_width;
   if (count == 0) return;
-  FASTCONV_LAUNCH(depthwise_conv2d_plain_grad_input_kernel<T>, grid_size(ceil_div(count, threads)), threads, 0,
-                  stream, grad_output, weight, grad_input, shape);
+  FASTCONV_LAUNCH(depthwise_conv2d_plain_grad_input_kernel<T>, grid_size(ceil_div(count, threads)), threads,
+                  0, stream, grad_output, weight, grad_input, shape);
 }
 
 template <typename T>
-void depthwise_conv2d_plain_grad_weight_cuda(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
-                                             accumulate_t<T>* /*workspace*/, const DepthwiseConv2dShape& shape,
-                                             void* stream) {
+void depthwise_conv2d_plain_grad_weight_cuda(const T* grad_output, const T* input, T* grad_weight,
+                                             T* grad_bias, accumulate_t<T>* /*workspace*/,
+                                             const DepthwiseConv2dShape& shape, void* stream) {
   const int64_t taps = shape.kernel_height * shape.kernel_width;
   const int64_t blocks = shape.out_channels * (taps + (grad_bias != nullptr));
   if (blocks == 0) return;
-  FASTCONV_LAUNCH(depthwise_conv2d_plain_grad_weight_kernel<T>, grid_size(blocks), threads, 0, stream, grad_output,
-                  input, grad_weight, grad_bias, shape);
+  FASTCONV_LAUNCH(depthwise_conv2d_plain_grad_weight_kernel<T>, grid_size(blocks), threads, 0, stream,
+                  grad_output, input, grad_weight, grad_bias, shape);
 }
 
-#define FASTCONV_INSTANTIATE(T)                                                                                   \
-  template void depthwise_conv2d_plain_forward_cuda<T>(const T*, const T*, const T*, T*,                         \
-                                                       const DepthwiseConv2dShape&, Activation, void*);          \
-  template void depthwise_conv2d_plain_grad_input_cuda<T>(const T*, const T*, T*, const DepthwiseConv2dShape&,   \
-                                                          void*);                                                \
-  template void depthwise_conv2d_plain_grad_weight_cuda<T>(const T*, const T*, T*, T*, accumulate_t<T>*,         \
+#define FASTCONV_INSTANTIATE(T)                                                                          \
+  template void depthwise_conv2d_plain_forward_cuda<T>(const T*, const T*, const T*, T*,                 \
+                                                       const DepthwiseConv2dShape&, Activation, void*);  \
+  template void depthwise_conv2d_plain_grad_input_cuda<T>(const T*, const T*, T*,                        \
+                                                          const DepthwiseConv2dShape&, void*);           \
+  template void depthwise_conv2d_plain_grad_weight_cuda<T>(const T*, const T*, T*, T*, accumulate_t<T>*, \
                                                            const DepthwiseConv2dShape&, void*);
 FASTCONV_INSTANTIATE(float)
 FASTCONV_INSTANTIATE(double)

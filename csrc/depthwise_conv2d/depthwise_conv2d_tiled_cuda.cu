@@ -1,12 +1,16 @@
-// Depthwise convolution by tiles: forward, and grad_input where it is a convolution too (stride 1, multiplier 1).
+// Depthwise convolution by tiles: forward, and grad_input where it is a convolution too (stride 1, multiplier
+// 1).
 //
 // Formula: depthwise_conv2d.h. grad_input at stride 1 is the same sum with the taps turned round.
-// One block: a tile of the input in shared memory. One thread: a few columns of one channel, row after row; each input
+// One block: a tile of the input in shared memory. One thread: a few columns of one channel, row after row;
+// each input
 //   row comes once from shared memory into registers and goes into every output row it belongs to.
 // Bytes: input and output once, and the halo again (from L2): (rows + K - 1) / rows a direction.
-// Before it (plain): KH * KW loads from global memory for each output; here about K / columns from shared memory.
-// Limits: K = 3, 5, 7 at stride 1, 2 without dilation and multiplier are compiled in; other sizes read their taps in a
-//   loop; a halo that does not fit in shared memory (dilation * (K - 1) beyond about 100) goes to the plain kernel.
+// Before it (plain): KH * KW loads from global memory for each output; here about K / columns from shared
+// memory. Limits: K = 3, 5, 7 at stride 1, 2 without dilation and multiplier are compiled in; other sizes
+// read their taps in a
+//   loop; a halo that does not fit in shared memory (dilation * (K - 1) beyond about 100) goes to the plain
+//   kernel.
 
 #include <utility>
 
@@ -21,7 +25,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
                                           const T* __restrict__ weight,  // (C, K, K)
                                           const T* __restrict__ bias,    // (C) or null
                                           T* __restrict__ output,        // (N, C, E, F)
-                                          DepthwiseConv2dShape s, Tiling t, Activation activation, bool turned) {
+                                          DepthwiseConv2dShape s, Tiling t, Activation activation,
+                                          bool turned) {
   using A = accumulate_t<T>;
   constexpr int Channels = ChannelsLast ? channels_per_lane<T, K> : 1, Columns = ChannelsLast ? 4 : 1;
   constexpr int Live = (K + S - 1) / S;  // output rows that one input row can belong to
@@ -54,12 +59,15 @@ __global__ void __launch_bounds__(tiled_threads, 1)
     }
 
     const T* from = ChannelsLast ? tile + walk.row * S * t.pitch + walk.column * S * t.channels + walk.channel
-                                 : tile + (walk.channel * t.in_rows + walk.row * S) * t.pitch + walk.column * S +
-                                       column_shift<T>(t, column, false);
+                                 : tile + (walk.channel * t.in_rows + walk.row * S) * t.pitch +
+                                       walk.column * S + column_shift<T>(t, column, false);
     const int step = ChannelsLast ? t.channels : 1;
-    T* to = output + (ChannelsLast ? ((at.image * out_rows + at.row + walk.row) * out_columns + at.column +
-                                      walk.column) * s.out_channels + channel
-                                   : (plane * out_rows + at.row + walk.row) * out_columns + at.column + walk.column);
+    T* to =
+        output + (ChannelsLast
+                      ? ((at.image * out_rows + at.row + walk.row) * out_columns + at.column + walk.column) *
+                                s.out_channels +
+                            channel
+                      : (plane * out_rows + at.row + walk.row) * out_columns + at.column + walk.column);
     A sums[Live][Columns][Channels] = {};
     for (int row = 0; row < walk.rows + Live - 1; ++row) {  // sums[a] is of output row `row - a`
 #pragma unroll
@@ -68,8 +76,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
         A values[Span][Channels];
 #pragma unroll
         for (int x = 0; x < Span; ++x) {
-          const auto pack =
-              load_shared(reinterpret_cast<const Pack<T, Channels>*>(from + (row * S + phase) * t.pitch + x * step));
+          const auto pack = load_shared(
+              reinterpret_cast<const Pack<T, Channels>*>(from + (row * S + phase) * t.pitch + x * step));
 #pragma unroll
           for (int c = 0; c < Channels; ++c) values[x][c] = load(pack.values[c]);
         }
@@ -82,7 +90,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
 #pragma unroll
             for (int x = 0; x < Columns; ++x)
 #pragma unroll
-              for (int c = 0; c < Channels; ++c) sums[a][x][c] += values[x * S + j][c] * taps[i < K ? i : 0][j][c];
+              for (int c = 0; c < Channels; ++c)
+                sums[a][x][c] += values[x * S + j][c] * taps[i < K ? i : 0][j][c];
         }
       }
       if (row >= Live - 1) {
@@ -122,15 +131,18 @@ __global__ void __launch_bounds__(tiled_threads, 1)
                                               const T* __restrict__ weight,  // (O, KH, KW)
                                               const T* __restrict__ bias,    // (O) or null
                                               T* __restrict__ output,        // (N, O, E, F)
-                                              DepthwiseConv2dShape s, Tiling t, Activation activation, bool turned) {
+                                              DepthwiseConv2dShape s, Tiling t, Activation activation,
+                                              bool turned) {
   using A = accumulate_t<T>;
   constexpr int R = rows_per_thread;
   FASTCONV_DYNAMIC_SHARED(T, tile);
   const TilePosition at = tile_position<ChannelsLast>(t, input, blockIdx.x);
-  const int stride_height = Dense ? 1 : int(s.stride_height), dilation_height = Dense ? 1 : int(s.dilation_height);
+  const int stride_height = Dense ? 1 : int(s.stride_height),
+            dilation_height = Dense ? 1 : int(s.dilation_height);
   const int kernel_height = int(s.kernel_height), kernel_width = int(s.kernel_width);
   const int stride_width = int(s.stride_width), dilation_width = int(s.dilation_width);
-  const int top = at.row * stride_height - int(s.padding_top), left = at.column * stride_width - int(s.padding_left);
+  const int top = at.row * stride_height - int(s.padding_top),
+            left = at.column * stride_width - int(s.padding_left);
   fill_tile<ChannelsLast>(tile, input, t, at, top, left);
   const int multiplier = int(s.multiplier()), taps = kernel_height * kernel_width;
   const int wide = ChannelsLast ? t.channels * multiplier : t.out_columns;  // what lanes run over
@@ -188,7 +200,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
 #pragma unroll
           for (int r = 0; r < R; ++r)
             sums[r] +=
-                load(load_shared(down + (r * stride_height + i * dilation_height) * t.pitch, r < rows)) * factor;
+                load(load_shared(down + (r * stride_height + i * dilation_height) * t.pitch, r < rows)) *
+                factor;
         }
       }
     }
@@ -197,7 +210,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
     for (int r = 0; r < R; ++r) {
       const int64_t target =
           ChannelsLast ? ((at.image * s.out_height + at.row + row + r) * s.out_width + at.column + column) *
-                                 s.out_channels + channel
+                                 s.out_channels +
+                             channel
                        : (plane * s.out_height + at.row + row + r) * s.out_width + at.column + column;
       store_global(output + target, rounded<T>(activate(sums[r] + offset, activation)), r < rows);
     }
@@ -212,11 +226,11 @@ bool convolve(const T* input, const T* weight, const T* bias, T* output, const D
   check_tiled(s);
   const Source<T> source{input, s.batch, s.in_channels, int(s.in_height), int(s.in_width)};
   const auto walk = [&]<int K, int S, bool ChannelsLast>() {
-    const Tiling t = walking_tiling(source, ChannelsLast, channels_per_lane<T, K>, ChannelsLast ? 4 : 1, s.out_height,
-                                    s.out_width, {S, K - 1}, s.batch * s.in_channels);
+    const Tiling t = walking_tiling(source, ChannelsLast, channels_per_lane<T, K>, ChannelsLast ? 4 : 1,
+                                    s.out_height, s.out_width, {S, K - 1}, s.batch * s.in_channels);
     FASTCONV_LAUNCH((depthwise_conv2d_tiled_forward_kernel<T, K, S, ChannelsLast>),
-                    grid_size(tile_count(t, s.batch, ChannelsLast)), t.threads, t.shared_bytes, stream, source, weight,
-                    bias, output, s, t, activation, turned);
+                    grid_size(tile_count(t, s.batch, ChannelsLast)), t.threads, t.shared_bytes, stream,
+                    source, weight, bias, output, s, t, activation, turned);
   };
   if (dispatch_walk<T>(s, walk)) return true;
 
@@ -231,10 +245,14 @@ bool convolve(const T* input, const T* weight, const T* bias, T* output, const D
                     t.shared_bytes, stream, source, weight, bias, output, s, t, activation, turned);
   };
   const bool dense = s.stride_height == 1 && s.dilation_height == 1;
-  if (dense && s.channels_last) any.template operator()<true, true>();
-  else if (dense) any.template operator()<true, false>();
-  else if (s.channels_last) any.template operator()<false, true>();
-  else any.template operator()<false, false>();
+  if (dense && s.channels_last)
+    any.template operator()<true, true>();
+  else if (dense)
+    any.template operator()<true, false>();
+  else if (s.channels_last)
+    any.template operator()<false, true>();
+  else
+    any.template operator()<false, false>();
   return true;
 }
 
@@ -242,7 +260,8 @@ bool convolve(const T* input, const T* weight, const T* bias, T* output, const D
 
 template <typename T>
 void depthwise_conv2d_tiled_forward_cuda(const T* input, const T* weight, const T* bias, T* output,
-                                         const DepthwiseConv2dShape& shape, Activation activation, void* stream) {
+                                         const DepthwiseConv2dShape& shape, Activation activation,
+                                         void* stream) {
   if (!convolve(input, weight, bias, output, shape, activation, false, stream))
     depthwise_conv2d_plain_forward_cuda(input, weight, bias, output, shape, activation, stream);
 }
@@ -259,10 +278,11 @@ bool depthwise_conv2d_turned_forward_cuda(const T* grad_output, const T* weight,
   return convolve<T>(grad_output, weight, nullptr, grad_input, turned, Activation::none, true, stream);
 }
 
-#define FASTCONV_INSTANTIATE(T)                                                                                 \
-  template void depthwise_conv2d_tiled_forward_cuda<T>(const T*, const T*, const T*, T*,                       \
-                                                       const DepthwiseConv2dShape&, Activation, void*);        \
-  template bool depthwise_conv2d_turned_forward_cuda<T>(const T*, const T*, T*, const DepthwiseConv2dShape&, void*);
+#define FASTCONV_INSTANTIATE(T)                                                                              \
+  template void depthwise_conv2d_tiled_forward_cuda<T>(const T*, const T*, const T*, T*,                     \
+                                                       const DepthwiseConv2dShape&, Activation, void*);      \
+  template bool depthwise_conv2d_turned_forward_cuda<T>(const T*, const T*, T*, const DepthwiseConv2dShape&, \
+                                                        void*);
 FASTCONV_INSTANTIATE(float)
 FASTCONV_INSTANTIATE(double)
 FASTCONV_INSTANTIATE(BFloat16)

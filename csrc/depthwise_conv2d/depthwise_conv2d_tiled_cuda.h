@@ -1,9 +1,9 @@
-// What the tiled CUDA kernels of depthwise convolution share: how a tensor is cut into tiles, and how a tile with
-// its halo comes into shared memory.
+// What the tiled CUDA kernels of depthwise convolution share: how a tensor is cut into tiles, and how a tile
+// with its halo comes into shared memory.
 //
-// A tile is a rectangle of pixels of one group. channels_last: a group is a chunk of channels of one image, and
-// a tile lies in shared memory as (rows, columns, channels). Contiguous: a group is a few planes (images times
-// channels), and a tile lies as (planes, rows, columns).
+// A tile is a rectangle of pixels of one group. channels_last: a group is a chunk of channels of one image,
+// and a tile lies in shared memory as (rows, columns, channels). Contiguous: a group is a few planes (images
+// times channels), and a tile lies as (planes, rows, columns).
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace fastconv {
 
 constexpr int tiled_threads = 256;
-constexpr int tiled_shared_bytes = 56 << 10;       // of a tile, so that four blocks share a multiprocessor
+constexpr int tiled_shared_bytes = 56 << 10;        // of a tile, so that four blocks share a multiprocessor
 constexpr int tiled_most_shared_bytes = 160 << 10;  // what a block can have from compute capability 8.0 on
 
 // The tensor that a kernel reads through tiles.
@@ -45,7 +45,8 @@ struct TilePosition {
 };
 
 template <bool ChannelsLast, typename T>
-__device__ __forceinline__ TilePosition tile_position(const Tiling& t, const Source<T>& source, int64_t index) {
+__device__ __forceinline__ TilePosition tile_position(const Tiling& t, const Source<T>& source,
+                                                      int64_t index) {
   TilePosition at{};
   if (ChannelsLast) {  // neighbours in memory run at the same time
     at.group = index % t.groups;
@@ -69,13 +70,21 @@ __device__ __forceinline__ TilePosition tile_position(const Tiling& t, const Sou
 template <int Bytes>
 struct UnitOf;
 template <>
-struct UnitOf<2> { using type = unsigned short; };
+struct UnitOf<2> {
+  using type = unsigned short;
+};
 template <>
-struct UnitOf<4> { using type = unsigned; };
+struct UnitOf<4> {
+  using type = unsigned;
+};
 template <>
-struct UnitOf<8> { using type = uint2; };
+struct UnitOf<8> {
+  using type = uint2;
+};
 template <>
-struct UnitOf<16> { using type = uint4; };
+struct UnitOf<16> {
+  using type = uint4;
+};
 
 // How far the first column of a tile lies from a boundary that whole units start at.
 template <typename T>
@@ -99,12 +108,12 @@ __device__ __forceinline__ void fill_tile_by(T* tile, const Source<T>& source, c
   column -= column_shift<T>(t, column, ChannelsLast);
   while (plane < planes) {
     const int in_row = row + tile_row;
-    const bool inside = in_row >= 0 && in_row < source.rows &&
-                        (ChannelsLast || plane < at.planes);
-    const T* from = source.data + (ChannelsLast ? (at.image * source.rows + in_row) * source.columns *
-                                                          source.channels + at.group * t.channels
-                                                : ((at.plane + plane * at.plane_step) * source.rows + in_row) *
-                                                      source.columns);
+    const bool inside = in_row >= 0 && in_row < source.rows && (ChannelsLast || plane < at.planes);
+    const T* from =
+        source.data +
+        (ChannelsLast
+             ? (at.image * source.rows + in_row) * source.columns * source.channels + at.group * t.channels
+             : ((at.plane + plane * at.plane_step) * source.rows + in_row) * source.columns);
     T* to = tile + (plane * t.in_rows + tile_row) * t.pitch;
 #pragma unroll 4
     for (int unit = lane; unit < units; unit += 1 << lanes_log) {
@@ -126,8 +135,8 @@ __device__ __forceinline__ void fill_tile_by(T* tile, const Source<T>& source, c
 }
 
 template <bool ChannelsLast, typename T>
-__device__ __forceinline__ void fill_tile(T* tile, const Source<T>& source, const Tiling& t, const TilePosition& at,
-                                          int row, int column) {
+__device__ __forceinline__ void fill_tile(T* tile, const Source<T>& source, const Tiling& t,
+                                          const TilePosition& at, int row, int column) {
   if (t.unit_bytes == 16) {
     fill_tile_by<16, ChannelsLast>(tile, source, t, at, row, column);
   } else if (sizeof(T) < 4 && t.unit_bytes == 4) {
@@ -170,13 +179,15 @@ struct Reach {
 
 // Completes a tiling whose tiles have out_rows, out_columns and channels; returns the bytes of a tile.
 template <typename T>
-int64_t complete_tiling(Tiling& t, const Source<T>& source, bool channels_last, int64_t out_rows, int64_t out_columns,
-                        Reach down, Reach right) {
+int64_t complete_tiling(Tiling& t, const Source<T>& source, bool channels_last, int64_t out_rows,
+                        int64_t out_columns, Reach down, Reach right) {
   const int64_t rows = down(t.out_rows), columns = right(t.out_columns);
   t.unit_bytes = channels_last ? unit_bytes(source.data, source.channels, t.channels)
                                : unit_bytes(source.data, source.columns, 16);
-  const int values = t.unit_bytes / int(sizeof(T));  // contiguous: a row starts at a whole unit before its tile
-  const int64_t pitch = channels_last ? columns * t.channels : ceil_div(columns + values - 1, values) * values;
+  const int values =
+      t.unit_bytes / int(sizeof(T));  // contiguous: a row starts at a whole unit before its tile
+  const int64_t pitch =
+      channels_last ? columns * t.channels : ceil_div(columns + values - 1, values) * values;
   const int64_t bytes = int64_t(sizeof(T)) * rows * pitch * (channels_last ? 1 : t.channels);
   if (bytes > tiled_most_shared_bytes) return bytes;
   t.in_rows = int(rows);
@@ -189,11 +200,11 @@ int64_t complete_tiling(Tiling& t, const Source<T>& source, bool channels_last, 
   return bytes;
 }
 
-// How the kernels with a compiled-in kernel size and stride cut their work: a thread walks down `columns` columns
-// of `channels` channels.
+// How the kernels with a compiled-in kernel size and stride cut their work: a thread walks down `columns`
+// columns of `channels` channels.
 template <typename T>
-Tiling walking_tiling(const Source<T>& source, bool channels_last, int channels, int columns, int64_t out_rows,
-                      int64_t out_columns, Reach reach, int64_t planes) {
+Tiling walking_tiling(const Source<T>& source, bool channels_last, int channels, int columns,
+                      int64_t out_rows, int64_t out_columns, Reach reach, int64_t planes) {
   Tiling t{};
   int strips = even_part(ceil_div(out_columns, columns), channels_last ? 16 / columns : 64), segments = 2;
   t.segment_rows = even_part(out_rows, channels_last ? 8 : 16);
@@ -207,13 +218,16 @@ Tiling walking_tiling(const Source<T>& source, bool channels_last, int channels,
   for (;;) {
     t.out_rows = int(std::min<int64_t>(segments * t.segment_rows, out_rows));
     t.out_columns = strips * columns;
-    const int64_t bytes =
-        complete_tiling(t, source, channels_last, out_rows, out_columns, reach, reach);
+    const int64_t bytes = complete_tiling(t, source, channels_last, out_rows, out_columns, reach, reach);
     if (bytes <= tiled_shared_bytes) break;
-    if (!channels_last && t.channels > 1) t.channels = (t.channels + 1) / 2;
-    else if (segments > 1) segments = (segments + 1) / 2;
-    else if (strips > 1) strips = (strips + 1) / 2;
-    else t.segment_rows = (t.segment_rows + 1) / 2;
+    if (!channels_last && t.channels > 1)
+      t.channels = (t.channels + 1) / 2;
+    else if (segments > 1)
+      segments = (segments + 1) / 2;
+    else if (strips > 1)
+      strips = (strips + 1) / 2;
+    else
+      t.segment_rows = (t.segment_rows + 1) / 2;
   }
   const int64_t items = ceil_div(t.out_rows, t.segment_rows) * strips * (channels_last ? 32 : t.channels);
   t.threads = int(std::min<int64_t>(tiled_threads, ceil_div(items, 32) * 32));
@@ -237,13 +251,20 @@ bool any_tiling(Tiling& t, const Source<T>& source, bool channels_last, int64_t 
     for (;;) {
       t.channels = chunk * multiple;
       if (complete_tiling(t, source, channels_last, out_rows, out_columns, down, right) <= limit) return true;
-      if (chunk > (channels_last ? 8 : 1)) chunk /= 2;
-      else if (t.out_columns > 8) t.out_columns = (t.out_columns + 1) / 2;
-      else if (t.out_rows > 8) t.out_rows = (t.out_rows + 1) / 2;
-      else if (chunk > 1) chunk /= 2;
-      else if (t.out_columns > 1) t.out_columns = (t.out_columns + 1) / 2;
-      else if (t.out_rows > 1) t.out_rows = (t.out_rows + 1) / 2;
-      else break;
+      if (chunk > (channels_last ? 8 : 1))
+        chunk /= 2;
+      else if (t.out_columns > 8)
+        t.out_columns = (t.out_columns + 1) / 2;
+      else if (t.out_rows > 8)
+        t.out_rows = (t.out_rows + 1) / 2;
+      else if (chunk > 1)
+        chunk /= 2;
+      else if (t.out_columns > 1)
+        t.out_columns = (t.out_columns + 1) / 2;
+      else if (t.out_rows > 1)
+        t.out_rows = (t.out_rows + 1) / 2;
+      else
+        break;
     }
   }
   return false;
@@ -253,8 +274,8 @@ inline int64_t tile_count(const Tiling& t, int64_t images, bool channels_last) {
   return t.groups * t.row_tiles * t.column_tiles * (channels_last ? images : 1);
 }
 
-// Whether a type has kernels with a compiled-in kernel size. On a GPU float64 goes without, to save compile time; in
-// the emulator it has them, so that numerical gradients check these very kernels.
+// Whether a type has kernels with a compiled-in kernel size. On a GPU float64 goes without, to save compile
+// time; in the emulator it has them, so that numerical gradients check these very kernels.
 #if defined(FASTCONV_EMULATOR)
 template <typename T>
 constexpr bool compiled_in = true;
@@ -272,13 +293,16 @@ bool dispatch_walk(const DepthwiseConv2dShape& s, const Launch& launch) {
   const auto with = [&]<int K, int S>() {
     if (s.kernel_height != K || s.stride_height != S) return false;
     if constexpr (compiled_in<T>) {
-      if (s.channels_last) launch.template operator()<K, S, true>();
-      else launch.template operator()<K, S, false>();
+      if (s.channels_last)
+        launch.template operator()<K, S, true>();
+      else
+        launch.template operator()<K, S, false>();
     }
     return true;
   };
-  return with.template operator()<3, 1>() || with.template operator()<3, 2>() || with.template operator()<5, 1>() ||
-         with.template operator()<5, 2>() || with.template operator()<7, 1>() || with.template operator()<7, 2>();
+  return with.template operator()<3, 1>() || with.template operator()<3, 2>() ||
+         with.template operator()<5, 1>() || with.template operator()<5, 2>() ||
+         with.template operator()<7, 1>() || with.template operator()<7, 2>();
 }
 
 // Positions within an image are computed in 32 bits.
@@ -299,7 +323,8 @@ struct Walk {
 
 // The work of thread `threadIdx.x + round * blockDim.x`; false where none is left.
 template <bool ChannelsLast, int Columns, int Channels>
-__device__ __forceinline__ bool find_walk(const Tiling& t, const TilePosition& at, int out_rows, int round, Walk& w) {
+__device__ __forceinline__ bool find_walk(const Tiling& t, const TilePosition& at, int out_rows, int round,
+                                          Walk& w) {
   const int item = int(threadIdx.x) + round * int(blockDim.x);
   const int strips = (t.out_columns + Columns - 1) / Columns;
   const int segments = (t.out_rows + t.segment_rows - 1) / t.segment_rows;
@@ -319,8 +344,8 @@ __device__ __forceinline__ bool find_walk(const Tiling& t, const TilePosition& a
   return rest == 0;
 }
 
-// grad_input as a convolution of grad_output, where it is one (stride 1, multiplier 1); false where it is not, or
-// where no tile fits in shared memory.
+// grad_input as a convolution of grad_output, where it is one (stride 1, multiplier 1); false where it is
+// not, or where no tile fits in shared memory.
 template <typename T>
 bool depthwise_conv2d_turned_forward_cuda(const T* grad_output, const T* weight, T* grad_input,
                                           const DepthwiseConv2dShape& shape, void* stream);

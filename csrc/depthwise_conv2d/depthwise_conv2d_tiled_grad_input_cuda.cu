@@ -1,11 +1,15 @@
-// grad_input of depthwise convolution by tiles, where a stride or a multiplier makes it more than a convolution.
+// grad_input of depthwise convolution by tiles, where a stride or a multiplier makes it more than a
+// convolution.
 //
-// Formula: grad_input[h] = sum over i with (h + padding - i * dilation) = e * stride of grad_output[e] * weight[i].
-// One thread: with stride 2, a few columns of 2 x 2 grad_input pixels, row after row: each grad_output row comes once
-//   into registers, and each of the four pixels takes its own taps of K x K, none twice and none in vain. Else, one pixel.
+// Formula: grad_input[h] = sum over i with (h + padding - i * dilation) = e * stride of grad_output[e] *
+// weight[i]. One thread: with stride 2, a few columns of 2 x 2 grad_input pixels, row after row: each
+// grad_output row comes once
+//   into registers, and each of the four pixels takes its own taps of K x K, none twice and none in vain.
+//   Else, one pixel.
 // Bytes: grad_output and grad_input once, and the halo again (from L2).
 // Before it (plain): every tap is tried, and three of four fail at stride 2.
-// Limits: K = 3, 5, 7 at stride 2 are compiled in; other sizes step through their taps; a halo too large for shared
+// Limits: K = 3, 5, 7 at stride 2 are compiled in; other sizes step through their taps; a halo too large for
+// shared
 //   memory goes to the plain kernel.
 
 #include <numeric>
@@ -15,14 +19,15 @@
 namespace fastconv {
 namespace {
 
-// Pixel S * t + p - padding, 0 <= p < S, is sum over a of grad_output[t - a] * weight[a * S + p]: for each p a
-// convolution with every S-th tap. Rows and columns of tiles and walks are counted in t.
+// Pixel S * t + p - padding, 0 <= p < S, is sum over a of grad_output[t - a] * weight[a * S + p]: for each p
+// a convolution with every S-th tap. Rows and columns of tiles and walks are counted in t.
 template <typename T, int K, int S, bool ChannelsLast>
 __global__ void __launch_bounds__(tiled_threads, 1)
     depthwise_conv2d_tiled_grad_input_kernel(Source<T> grad_output,         // (N, C, E, F)
                                              const T* __restrict__ weight,  // (C, K, K)
                                              T* __restrict__ grad_input,    // (N, C, H, W)
-                                             DepthwiseConv2dShape s, Tiling t, int rows_of_t, int columns_of_t) {
+                                             DepthwiseConv2dShape s, Tiling t, int rows_of_t,
+                                             int columns_of_t) {
   using A = accumulate_t<T>;
   constexpr int Columns = ChannelsLast ? 2 : 1;
   constexpr int Live = (K + S - 1) / S;  // values of t that one grad_output row belongs to
@@ -43,7 +48,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
       continue;
     A taps[K][K];
 #pragma unroll
-    for (int tap = 0; tap < K * K; ++tap) taps[tap / K][tap % K] = load(load_global(weight + channel * K * K + tap));
+    for (int tap = 0; tap < K * K; ++tap)
+      taps[tap / K][tap % K] = load(load_global(weight + channel * K * K + tap));
 
     const T* from = ChannelsLast ? tile + walk.row * t.pitch + walk.column * t.channels + walk.channel
                                  : tile + (walk.channel * t.in_rows + walk.row) * t.pitch + walk.column +
@@ -85,13 +91,14 @@ __global__ void __launch_bounds__(tiled_threads, 1)
 #pragma unroll
         for (int p = 0; p < S; ++p)
 #pragma unroll
-          for (int q = 0; q < Columns * S; ++q) sums[a][p][q] = a < Live - 1 ? sums[a < Live - 1 ? a + 1 : 0][p][q] : A(0);
+          for (int q = 0; q < Columns * S; ++q)
+            sums[a][p][q] = a < Live - 1 ? sums[a < Live - 1 ? a + 1 : 0][p][q] : A(0);
     }
   }
 }
 
-// The taps i of a pixel whose distance to the top, padding included, is `from`: i = first, first + step, ... read
-// grad_output rows e, e - step_back, ...
+// The taps i of a pixel whose distance to the top, padding included, is `from`: i = first, first + step, ...
+// read grad_output rows e, e - step_back, ...
 struct TapStep {
   int step, step_back;
 };
@@ -102,25 +109,31 @@ __global__ void __launch_bounds__(tiled_threads, 1)
     depthwise_conv2d_tiled_any_grad_input_kernel(Source<T> grad_output,         // (N, O, E, F)
                                                  const T* __restrict__ weight,  // (O, KH, KW)
                                                  T* __restrict__ grad_input,    // (N, C, H, W)
-                                                 DepthwiseConv2dShape s, Tiling t, TapStep down, TapStep right) {
+                                                 DepthwiseConv2dShape s, Tiling t, TapStep down,
+                                                 TapStep right) {
   using A = accumulate_t<T>;
   FASTCONV_DYNAMIC_SHARED(T, tile);
-  const int multiplier = int(s.multiplier()), kernel_height = int(s.kernel_height), kernel_width = int(s.kernel_width);
+  const int multiplier = int(s.multiplier()), kernel_height = int(s.kernel_height),
+            kernel_width = int(s.kernel_width);
   const int stride_height = int(s.stride_height), stride_width = int(s.stride_width);
   const int dilation_height = int(s.dilation_height), dilation_width = int(s.dilation_width);
   const TilePosition at = tile_position<ChannelsLast>(t, grad_output, blockIdx.x);
   // The first grad_output row and column that any pixel of the tile reads.
   const int reach_up = at.row + int(s.padding_top) - (kernel_height - 1) * dilation_height;
   const int reach_left = at.column + int(s.padding_left) - (kernel_width - 1) * dilation_width;
-  const int top = reach_up > 0 ? (reach_up + stride_height - 1) / stride_height : -(-reach_up / stride_height);
-  const int left = reach_left > 0 ? (reach_left + stride_width - 1) / stride_width : -(-reach_left / stride_width);
+  const int top =
+      reach_up > 0 ? (reach_up + stride_height - 1) / stride_height : -(-reach_up / stride_height);
+  const int left =
+      reach_left > 0 ? (reach_left + stride_width - 1) / stride_width : -(-reach_left / stride_width);
   fill_tile<ChannelsLast>(tile, grad_output, t, at, top, left);
 
   const int in_channels = t.channels / multiplier;  // the group's
-  const int wide = ChannelsLast ? in_channels : t.out_columns, tall = ChannelsLast ? t.out_columns : t.out_rows;
+  const int wide = ChannelsLast ? in_channels : t.out_columns,
+            tall = ChannelsLast ? t.out_columns : t.out_rows;
   const int step_row = t.pitch, step_column = ChannelsLast ? t.channels : 1;
   const int step_filter = ChannelsLast ? 1 : t.in_rows * t.pitch;
-  for (int item = int(threadIdx.x); item < in_channels * t.out_rows * t.out_columns; item += int(blockDim.x)) {
+  for (int item = int(threadIdx.x); item < in_channels * t.out_rows * t.out_columns;
+       item += int(blockDim.x)) {
     const int first = item % wide, second = item / wide % tall, third = item / wide / tall;
     const int column = ChannelsLast ? second : first, row = ChannelsLast ? third : second;
     const int in_plane = ChannelsLast ? first : third;
@@ -150,8 +163,9 @@ __global__ void __launch_bounds__(tiled_threads, 1)
         }
       }
     }
-    const int64_t target = ChannelsLast ? ((at.image * s.in_height + y) * s.in_width + x) * s.in_channels + channel
-                                        : (plane * s.in_height + y) * s.in_width + x;
+    const int64_t target = ChannelsLast
+                               ? ((at.image * s.in_height + y) * s.in_width + x) * s.in_channels + channel
+                               : (plane * s.in_height + y) * s.in_width + x;
     store_global(grad_input + target, rounded<T>(sum));
   }
 }
@@ -178,8 +192,8 @@ void depthwise_conv2d_tiled_grad_input_cuda(const T* grad_output, const T* weigh
         const Tiling t = walking_tiling(source, ChannelsLast, 1, ChannelsLast ? 2 : 1, rows, columns,
                                         {1, (K + S - 1) / S - 1}, s.batch * s.in_channels);
         FASTCONV_LAUNCH((depthwise_conv2d_tiled_grad_input_kernel<T, K, S, ChannelsLast>),
-                        grid_size(tile_count(t, s.batch, ChannelsLast)), t.threads, t.shared_bytes, stream, source,
-                        weight, grad_input, s, t, rows, columns);
+                        grid_size(tile_count(t, s.batch, ChannelsLast)), t.threads, t.shared_bytes, stream,
+                        source, weight, grad_input, s, t, rows, columns);
       }
     });
     if (done) return;
@@ -192,19 +206,20 @@ void depthwise_conv2d_tiled_grad_input_cuda(const T* grad_output, const T* weigh
     depthwise_conv2d_plain_grad_input_cuda(grad_output, weight, grad_input, s, stream);
     return;
   }
-  const TapStep down = tap_step(s.stride_height, s.dilation_height), right = tap_step(s.stride_width, s.dilation_width);
+  const TapStep down = tap_step(s.stride_height, s.dilation_height),
+                right = tap_step(s.stride_width, s.dilation_width);
   const unsigned grid = grid_size(tile_count(t, s.batch, s.channels_last));
   if (s.channels_last) {
-    FASTCONV_LAUNCH((depthwise_conv2d_tiled_any_grad_input_kernel<T, true>), grid, t.threads, t.shared_bytes, stream,
-                    source, weight, grad_input, s, t, down, right);
+    FASTCONV_LAUNCH((depthwise_conv2d_tiled_any_grad_input_kernel<T, true>), grid, t.threads, t.shared_bytes,
+                    stream, source, weight, grad_input, s, t, down, right);
   } else {
-    FASTCONV_LAUNCH((depthwise_conv2d_tiled_any_grad_input_kernel<T, false>), grid, t.threads, t.shared_bytes, stream,
-                    source, weight, grad_input, s, t, down, right);
+    FASTCONV_LAUNCH((depthwise_conv2d_tiled_any_grad_input_kernel<T, false>), grid, t.threads, t.shared_bytes,
+                    stream, source, weight, grad_input, s, t, down, right);
   }
 }
 
-#define FASTCONV_INSTANTIATE(T)                                                              \
-  template void depthwise_conv2d_tiled_grad_input_cuda<T>(const T*, const T*, T*,            \
+#define FASTCONV_INSTANTIATE(T)                                                   \
+  template void depthwise_conv2d_tiled_grad_input_cuda<T>(const T*, const T*, T*, \
                                                           const DepthwiseConv2dShape&, void*);
 FASTCONV_INSTANTIATE(float)
 FASTCONV_INSTANTIATE(double)

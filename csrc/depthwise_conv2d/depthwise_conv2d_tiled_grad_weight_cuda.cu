@@ -1,11 +1,14 @@
 // grad_weight and grad_bias of depthwise convolution by tiles, in two stages and always in the same order.
 //
-// Formula: grad_weight[o, i, j] = sum over n, e, f of grad_output[n, o, e, f] * input[n, o / m, e*S + i*D - P, f*S + j*D - P].
-// One thread: all K * K taps of one channel in registers, over the columns that it walks down; each input row comes once
-//   from shared memory and meets the K grad_output rows that it belongs to. A block goes through every slices-th tile.
+// Formula: grad_weight[o, i, j] = sum over n, e, f of grad_output[n, o, e, f] * input[n, o / m, e*S + i*D -
+// P, f*S + j*D - P]. One thread: all K * K taps of one channel in registers, over the columns that it walks
+// down; each input row comes once
+//   from shared memory and meets the K grad_output rows that it belongs to. A block goes through every
+//   slices-th tile.
 // Bytes: grad_output and input once, and slices * O * (KH * KW + 1) partial sums written and read.
 // Before it (plain): both tensors once for each tap.
-// Limits: K = 3, 5, 7 at stride 1, 2 as in the forward kernel; other sizes: a warp for eight taps, and caches in the place
+// Limits: K = 3, 5, 7 at stride 1, 2 as in the forward kernel; other sizes: a warp for eight taps, and caches
+// in the place
 //   of tiles.
 
 #include "depthwise_conv2d_tiled_cuda.h"
@@ -13,8 +16,8 @@
 namespace fastconv {
 namespace {
 
-// Parts that the sum over images and rows is split into: enough blocks to fill a GPU, few partial sums, and 256 pixels
-// at least for each.
+// Parts that the sum over images and rows is split into: enough blocks to fill a GPU, few partial sums, and
+// 256 pixels at least for each.
 int64_t slice_count(const DepthwiseConv2dShape& s) {
   const int64_t sums = s.out_channels * (s.kernel_height * s.kernel_width + 1);
   const int64_t chunks = s.channels_last ? ceil_div(s.out_channels, 32) : s.out_channels;
@@ -23,11 +26,11 @@ int64_t slice_count(const DepthwiseConv2dShape& s) {
 }
 
 template <typename T, int K, int S, bool ChannelsLast>
-__global__ void __launch_bounds__(tiled_threads, 1)
-    depthwise_conv2d_tiled_grad_weight_kernel(const T* __restrict__ grad_output,           // (N, C, E, F)
-                                              Source<T> input,                             // (N, C, H, W)
-                                              accumulate_t<T>* __restrict__ partial_sums,  // (slices, C, K * K + 1)
-                                              DepthwiseConv2dShape s, Tiling t, int64_t tiles) {
+__global__ void __launch_bounds__(tiled_threads, 1) depthwise_conv2d_tiled_grad_weight_kernel(
+    const T* __restrict__ grad_output,           // (N, C, E, F)
+    Source<T> input,                             // (N, C, H, W)
+    accumulate_t<T>* __restrict__ partial_sums,  // (slices, C, K * K + 1)
+    DepthwiseConv2dShape s, Tiling t, int64_t tiles) {
   using A = accumulate_t<T>;
   constexpr int Columns = ChannelsLast ? 4 : 1, Live = (K + S - 1) / S, Span = (Columns - 1) * S + K;
   constexpr int Warps = tiled_threads / 32;
@@ -56,18 +59,21 @@ __global__ void __launch_bounds__(tiled_threads, 1)
     for (int round = 0; find_walk<ChannelsLast, Columns, 1>(t, at, out_rows, round, walk); ++round) {
       const int64_t channel = at.group * t.channels + walk.channel;  // channels_last only
       const int columns = min(Columns, out_columns - at.column - walk.column);
-      if (walk.rows <= 0 || columns <= 0 || (ChannelsLast ? channel >= s.out_channels : walk.channel >= at.planes))
+      if (walk.rows <= 0 || columns <= 0 ||
+          (ChannelsLast ? channel >= s.out_channels : walk.channel >= at.planes))
         continue;
-      const T* from = ChannelsLast ? tile + walk.row * S * t.pitch + walk.column * S * t.channels + walk.channel
-                                   : tile + (walk.channel * t.in_rows + walk.row * S) * t.pitch + walk.column * S +
-                                         column_shift<T>(t, left, false);
+      const T* from = ChannelsLast
+                          ? tile + walk.row * S * t.pitch + walk.column * S * t.channels + walk.channel
+                          : tile + (walk.channel * t.in_rows + walk.row * S) * t.pitch + walk.column * S +
+                                column_shift<T>(t, left, false);
       const int step = ChannelsLast ? t.channels : 1;
       const int64_t corner =
           ChannelsLast
-              ? ((at.image * out_rows + at.row + walk.row) * out_columns + at.column + walk.column) * s.out_channels +
+              ? ((at.image * out_rows + at.row + walk.row) * out_columns + at.column + walk.column) *
+                        s.out_channels +
                     channel
-              : ((at.plane + walk.channel * at.plane_step) * out_rows + at.row + walk.row) * out_columns + at.column +
-                    walk.column;
+              : ((at.plane + walk.channel * at.plane_step) * out_rows + at.row + walk.row) * out_columns +
+                    at.column + walk.column;
       A grads[Live][Columns];  // grads[a] is grad_output row `row - a`
 #pragma unroll
       for (int a = 0; a < Live; ++a)
@@ -107,8 +113,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
     }
   }
 
-  // Over the block, one row of the filter after another, and the bias as a last one. channels_last: each lane has its
-  // channel, so over warps; else over all threads.
+  // Over the block, one row of the filter after another, and the bias as a last one. channels_last: each lane
+  // has its channel, so over warps; else over all threads.
   A* const target = partial_sums + blockIdx.y * s.out_channels * (K * K + 1);
 #pragma unroll
   for (int i = 0; i <= K; ++i) {
@@ -118,7 +124,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
       A sum = i < K ? sums[i < K ? i : 0][j] : bias_sum;
       if constexpr (!ChannelsLast) {
 #pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+        for (int distance = 16; distance > 0; distance /= 2)
+          sum += __shfl_xor_sync(0xffffffff, sum, distance);
       }
       store_shared(&warp_sums[j][warp][lane], sum, ChannelsLast || lane == 0);
     }
@@ -134,8 +141,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
   }
 }
 
-// Any kernel size, stride, dilation and multiplier: a warp for eight taps of one row of the filter (or for the bias) of
-// 32 channels, channels_last, or of one.
+// Any kernel size, stride, dilation and multiplier: a warp for eight taps of one row of the filter (or for
+// the bias) of 32 channels, channels_last, or of one.
 constexpr int taps_per_warp = 8;
 
 template <typename T, bool ChannelsLast>
@@ -165,8 +172,10 @@ __global__ void __launch_bounds__(tiled_threads, 1)
     const int64_t image = row / s.out_height, e = row % s.out_height;
     const int64_t y = e * s.stride_height + i * s.dilation_height - s.padding_top;
     if (!is_bias && (y < 0 || y >= s.in_height)) continue;
-    const T* grads = grad_output + offset_of(image, channel, e, 0, s.out_channels, s.out_height, s.out_width, ChannelsLast);
-    const T* values = input + offset_of(image, in_channel, y, 0, s.in_channels, s.in_height, s.in_width, ChannelsLast);
+    const T* grads = grad_output +
+                     offset_of(image, channel, e, 0, s.out_channels, s.out_height, s.out_width, ChannelsLast);
+    const T* values =
+        input + offset_of(image, in_channel, y, 0, s.in_channels, s.in_height, s.in_width, ChannelsLast);
     for (int64_t start = 0; start < s.out_width; start += ChannelsLast ? 1 : 32) {
       const int64_t f = ChannelsLast ? start : start + lane;
       const bool active = exists && f < s.out_width;
@@ -204,12 +213,11 @@ __global__ void __launch_bounds__(tiled_threads, 1)
 constexpr int reduce_threads = 8;
 
 template <typename T>
-__global__ void __launch_bounds__(32 * reduce_threads)
-    depthwise_conv2d_tiled_reduce_grad_weight_kernel(
-        const accumulate_t<T>* __restrict__ partial_sums,  // (slices, O, taps + 1)
-        T* __restrict__ grad_weight,                       // (O, taps)
-        T* __restrict__ grad_bias,                         // (O) or null
-        int64_t channels, int taps, int slices) {
+__global__ void __launch_bounds__(32 * reduce_threads, 1) depthwise_conv2d_tiled_reduce_grad_weight_kernel(
+    const accumulate_t<T>* __restrict__ partial_sums,  // (slices, O, taps + 1)
+    T* __restrict__ grad_weight,                       // (O, taps)
+    T* __restrict__ grad_bias,                         // (O) or null
+    int64_t channels, int taps, int slices) {
   using A = accumulate_t<T>;
   __shared__ A parts[reduce_threads][32];
   const int64_t count = channels * (taps + 1), index = int64_t(blockIdx.x) * 32 + threadIdx.x;
@@ -222,8 +230,10 @@ __global__ void __launch_bounds__(32 * reduce_threads)
 #pragma unroll
   for (int other = 1; other < reduce_threads; ++other) sum += load_shared(&parts[other][threadIdx.x]);
   const int64_t channel = index / (taps + 1), tap = index % (taps + 1);
-  if (tap < taps) store_global(grad_weight + channel * taps + tap, rounded<T>(sum));
-  else if (grad_bias != nullptr) store_global(grad_bias + channel, rounded<T>(sum));
+  if (tap < taps)
+    store_global(grad_weight + channel * taps + tap, rounded<T>(sum));
+  else if (grad_bias != nullptr)
+    store_global(grad_bias + channel, rounded<T>(sum));
 }
 
 }  // namespace
@@ -234,42 +244,43 @@ int64_t depthwise_conv2d_grad_weight_workspace(const DepthwiseConv2dShape& s) {
 }
 
 template <typename T>
-void depthwise_conv2d_tiled_grad_weight_cuda(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
-                                             accumulate_t<T>* workspace, const DepthwiseConv2dShape& s,
-                                             void* stream) {
+void depthwise_conv2d_tiled_grad_weight_cuda(const T* grad_output, const T* input, T* grad_weight,
+                                             T* grad_bias, accumulate_t<T>* workspace,
+                                             const DepthwiseConv2dShape& s, void* stream) {
   if (s.out_channels == 0) return;
   check_tiled(s);
   const Source<T> source{input, s.batch, s.in_channels, int(s.in_height), int(s.in_width)};
   const int64_t taps = s.kernel_height * s.kernel_width, slices = slice_count(s);
   const bool empty = s.batch * s.out_height * s.out_width == 0;
   const auto walk = [&]<int K, int S, bool ChannelsLast>() {
-    Tiling t = walking_tiling(source, ChannelsLast, 1, ChannelsLast ? 4 : 1, s.out_height, s.out_width, {S, K - 1},
-                              s.batch);
+    Tiling t = walking_tiling(source, ChannelsLast, 1, ChannelsLast ? 4 : 1, s.out_height, s.out_width,
+                              {S, K - 1}, s.batch);
     if (!ChannelsLast) t.groups = ceil_div(s.batch, t.channels);
     const int64_t tiles = t.row_tiles * t.column_tiles * (ChannelsLast ? s.batch : t.groups);
     const int64_t columns = ChannelsLast ? t.groups : s.out_channels;
     FASTCONV_LAUNCH((depthwise_conv2d_tiled_grad_weight_kernel<T, K, S, ChannelsLast>),
-                    dim3(grid_size(columns), unsigned(slices)), t.threads, t.shared_bytes, stream, grad_output, source,
-                    workspace, s, t, tiles);
+                    dim3(grid_size(columns), unsigned(slices)), t.threads, t.shared_bytes, stream,
+                    grad_output, source, workspace, s, t, tiles);
   };
   if (empty || !dispatch_walk<T>(s, walk)) {
     const int64_t parts = s.kernel_height * ceil_div(s.kernel_width, taps_per_warp) + 1;
     const int64_t items = (s.channels_last ? ceil_div(s.out_channels, 32) : s.out_channels) * parts;
     const dim3 grid(grid_size(ceil_div(items * 32, tiled_threads)), unsigned(slices));
     if (s.channels_last) {
-      FASTCONV_LAUNCH((depthwise_conv2d_tiled_any_grad_weight_kernel<T, true>), grid, tiled_threads, 0, stream,
-                      grad_output, input, workspace, s, items);
+      FASTCONV_LAUNCH((depthwise_conv2d_tiled_any_grad_weight_kernel<T, true>), grid, tiled_threads, 0,
+                      stream, grad_output, input, workspace, s, items);
     } else {
-      FASTCONV_LAUNCH((depthwise_conv2d_tiled_any_grad_weight_kernel<T, false>), grid, tiled_threads, 0, stream,
-                      grad_output, input, workspace, s, items);
+      FASTCONV_LAUNCH((depthwise_conv2d_tiled_any_grad_weight_kernel<T, false>), grid, tiled_threads, 0,
+                      stream, grad_output, input, workspace, s, items);
     }
   }
   FASTCONV_LAUNCH(depthwise_conv2d_tiled_reduce_grad_weight_kernel<T>,
-                  grid_size(ceil_div(s.out_channels * (taps + 1), 32)), dim3(32, reduce_threads), 0, stream, workspace,
-                  grad_weight, grad_bias, s.out_channels, narrow(taps, "kernel_height * kernel_width"), int(slices));
+                  grid_size(ceil_div(s.out_channels * (taps + 1), 32)), dim3(32, reduce_threads), 0, stream,
+                  workspace, grad_weight, grad_bias, s.out_channels,
+                  narrow(taps, "kernel_height * kernel_width"), int(slices));
 }
 
-#define FASTCONV_INSTANTIATE(T)                                                                        \
+#define FASTCONV_INSTANTIATE(T)                                                                          \
   template void depthwise_conv2d_tiled_grad_weight_cuda<T>(const T*, const T*, T*, T*, accumulate_t<T>*, \
                                                            const DepthwiseConv2dShape&, void*);
 FASTCONV_INSTANTIATE(float)

@@ -40,7 +40,7 @@ struct Thread {
   uint64_t value;
 };
 
-struct Warp {  // bit i is lane i
+struct Warp {               // bit i is lane i
   unsigned alive, waiting;  // has not returned; is in a warp function
 };
 
@@ -69,7 +69,8 @@ struct Free {
 std::unique_ptr<void, Free> shared_memory;
 
 std::string text(uint3 index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+         ")";
 }
 
 std::string text(Site site) {
@@ -137,7 +138,8 @@ void finish_thread() {
   warp.alive &= ~(1u << lane());
   // A thread that returns may be the one its warp waits for.
   for (unsigned waiting = warp.waiting; waiting != 0; waiting &= waiting - 1)
-    if (finish_collective(&block.threads[size_t(warp_of(current)) * warpSize + __ffs(int(waiting)) - 1])) break;
+    if (finish_collective(&block.threads[size_t(warp_of(current)) * warpSize + __ffs(int(waiting)) - 1]))
+      break;
 }
 
 // What each fiber does: start threads, one after another, until none is left to start.
@@ -223,8 +225,8 @@ void check_launch(dim3 grid, dim3 threads, size_t shared_bytes) {
       shared_bytes > max_shared_bytes)
     throw std::runtime_error("emulator: " + std::string(block.kernel) + ": a GPU refuses this launch: grid " +
                              text(uint3{grid.x, grid.y, grid.z}) + ", block " +
-                             text(uint3{threads.x, threads.y, threads.z}) + ", " + std::to_string(shared_bytes) +
-                             " bytes of dynamic shared memory");
+                             text(uint3{threads.x, threads.y, threads.z}) + ", " +
+                             std::to_string(shared_bytes) + " bytes of dynamic shared memory");
 }
 
 void reset_fibers() {  // after an error: threads may still wait, and will for ever

@@ -7,7 +7,8 @@
 //     that waits at another one, is an error.
 //   - warp functions (__syncwarp, __shfl_*, __ballot_, __any_, __all_sync): every thread of the mask that has
 //     not returned must come to the same call with the same mask; a shuffle must read a lane that takes part.
-//   - shared memory holds NaN (all bits set) when a block starts, where it is dynamic; it is as large as asked
+//   - shared memory holds NaN (all bits set) when a block starts, where it is dynamic; it is as large as
+//   asked
 //     for and no larger, so an address sanitizer sees every step outside.
 // Broken rules end the launch with std::runtime_error that names kernel, block, threads and source lines.
 #pragma once
@@ -31,10 +32,10 @@
 #define __launch_bounds__(...)
 
 // Vector types, with the alignment that makes one load of them.
-#define FASTCONV_VECTOR_TYPES(T, name)                                                            \
-  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                              \
-  struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; };                  \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                      \
+#define FASTCONV_VECTOR_TYPES(T, name)                                           \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                             \
+  struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                     \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 FASTCONV_VECTOR_TYPES(float, float)
 FASTCONV_VECTOR_TYPES(double, double)
@@ -95,7 +96,8 @@ template <auto Kernel, typename... P>
 void launch(void (*)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* /*stream*/,
             std::type_identity_t<P>... values) {
   std::tuple<P...> arguments(values...);
-  run(kernel_name<Kernel>(), grid, block, shared_bytes,
+  run(
+      kernel_name<Kernel>(), grid, block, shared_bytes,
       [](void* data) { std::apply(Kernel, *static_cast<std::tuple<P...>*>(data)); }, &arguments);
 }
 
@@ -133,17 +135,20 @@ T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, FASTCONV
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, FASTCONV_SITE) {
   const int lane = emulator::lane(), source = lane - int(delta);
-  return emulator::shuffle("__shfl_up_sync", mask, value, source < (lane & ~(width - 1)) ? lane : source, site);
+  return emulator::shuffle("__shfl_up_sync", mask, value, source < (lane & ~(width - 1)) ? lane : source,
+                           site);
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, FASTCONV_SITE) {
   const int lane = emulator::lane(), source = lane + int(delta);
-  return emulator::shuffle("__shfl_down_sync", mask, value, source > (lane | (width - 1)) ? lane : source, site);
+  return emulator::shuffle("__shfl_down_sync", mask, value, source > (lane | (width - 1)) ? lane : source,
+                           site);
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize, FASTCONV_SITE) {
   const int lane = emulator::lane(), source = lane ^ bits;
-  return emulator::shuffle("__shfl_xor_sync", mask, value, source > (lane | (width - 1)) ? lane : source, site);
+  return emulator::shuffle("__shfl_xor_sync", mask, value, source > (lane | (width - 1)) ? lane : source,
+                           site);
 }
 
 // One thread runs at a time, so plain arithmetic is atomic.
