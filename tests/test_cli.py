@@ -148,7 +148,7 @@ def test_compare(folder, here, options):
         "--threads",
         1,
     ]
-    files = ["--json", folder / "figures.json", "--plot", folder / "roofline.png"]
+    files = ["--json", folder / "figures.json", "--plot", folder / "out/plots/roofline.png"]
     if options == ["--inference"]:
         result = fastconv(*arguments, *options, *files, cwd=folder)
         status, out, errors = result.returncode, result.stdout, result.stderr
@@ -166,7 +166,7 @@ def test_compare(folder, here, options):
     (depthwise,) = [layer for layer in measured["layers"] if layer["name"] == "3"]
     assert depthwise["macs"] == 4 * 8 * 9 * 256
     assert depthwise["kernel"] or depthwise["reason"]
-    assert (folder / "roofline.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "out/plots/roofline.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_compare(folder, here, options):
         (["compare", "mynetwork:number"], "must return a torch.nn.Module, got int"),
         (["compare", "mynetwork:build", "--set", "a=1"], "--set is for the library's networks"),
         (["compare", "mynetwork:build", "--batch", "0"], "must be an integer of at least 1"),
-        (["compare", "mynetwork:build", "--json", "no/such/folder/x.json"], "there is no folder"),
+        (["compare", "mynetwork:build", "--json", "mynetwork.py/x.json"], "cannot write mynetwork.py/x.json"),
         (["compare", "mynetwork:build", "--backend", "gpu"], "invalid choice: 'gpu'"),
         (["compare", "mynetwork:build", "--device", "tpu"], "--device tpu"),
         (["frobnicate"], "invalid choice"),

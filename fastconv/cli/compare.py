@@ -56,8 +56,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     for path in (args.json, args.plot):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise UserError(f"there is no folder {str(path.resolve().parent)!r} to write {path.name} into")
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error}") from None
     if args.threads:
         torch.set_num_threads(args.threads)
     out = console()
