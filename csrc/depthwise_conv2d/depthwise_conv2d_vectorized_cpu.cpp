@@ -235,11 +235,11 @@ void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t
   view.output_pixel_stride = phase.column_step * strip.output.pixel_stride;
   view.taps_high = phase.taps_high;
   view.taps_wide = phase.taps_wide;
-  view.begin = std::min(top < 0 ? (-top + dilation - 1) / dilation : 0, phase.taps_high);
-  view.end = phase.taps_high > 0 && top < g.in_height
-                 ? std::min(phase.taps_high + R - 1, (g.in_height - 1 - top) / dilation + 1)
-                 : 0;
-  view.stride = g.stride_width;
+  view.begin = std::min(top < 0 ? ceil_div(-top, dilation) : 0, phase.taps_high);
+  view.end = 0;
+  if (phase.taps_high > 0 && top < g.in_height)
+    view.end = std::min(phase.taps_high + R - 1, ceil_div(g.in_height - top, dilation));
+  view.stride = S > 0 ? S : g.stride_width;
   view.dilation = phase.dilation_width;
   view.left = phase.left;
   view.in_width = g.in_width;
@@ -247,10 +247,11 @@ void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t
   view.activation = strip.activation;
 
   // Outputs [inner_begin, inner_end) read inside the row only.
+  const int64_t stride = S > 0 ? S : g.stride_width;  // a constant divides in a cycle
   const int64_t reach = (phase.taps_wide - 1) * phase.dilation_width - phase.left;
-  const int64_t inner_begin = phase.left > 0 ? (phase.left + g.stride_width - 1) / g.stride_width : 0;
+  const int64_t inner_begin = phase.left > 0 ? (phase.left + stride - 1) / stride : 0;
   const int64_t last = g.in_width - 1 - reach;
-  const int64_t inner_end = last < 0 ? 0 : last / g.stride_width + 1;
+  const int64_t inner_end = last < 0 ? 0 : last / stride + 1;
   for (; column + P <= column_end; column += P) {
     if (column >= inner_begin && column + P <= inner_end)
       compute_outputs<K, S, P, R, false, A>(view, column);
@@ -513,9 +514,6 @@ void depthwise_conv2d_vectorized_grad_input_cpu(const T* grad_output, const T* w
       const T*, const T*, const T*, T*, const DepthwiseConv2dShape&, Activation, ParallelFor); \
   template void depthwise_conv2d_vectorized_grad_input_cpu<T>(const T*, const T*, T*,          \
                                                               const DepthwiseConv2dShape&, ParallelFor);
-FASTCONV_INSTANTIATE(float)
-FASTCONV_INSTANTIATE(double)
-FASTCONV_INSTANTIATE(BFloat16)
-FASTCONV_INSTANTIATE(Float16)
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY

@@ -12,6 +12,8 @@
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return b == 1 ? a : (a + b - 1) / b; }  // dividing is slow
+
 template <typename T>
 struct Image {
   T* data;  // of one image: (channels, height, width) or (height, width, channels)

@@ -18,102 +18,135 @@ namespace {
 
 template <typename A>
 struct Rows {
-  const A* grad;   // row e of gy, pixel 0
-  const A* input;  // row e*s + i*d - p of x, pixel 0
-  int64_t grad_pixel_stride, input_pixel_stride;
-  int64_t in_width;
-  int64_t stride, dilation, left;
+  const A* grad;                                                    // row e of gy, pixel 0
+  const A* input;                                                   // row e*s + i*d - p of x, pixel 0
+  int64_t grad_pixel_stride, input_pixel_stride, input_row_stride;  // input_row_stride: between two taps
+  int64_t in_width, stride, dilation, left;
 };
 
-// sum[j] += gy[f] * x[f*S + j] for P outputs f from `column` and J taps from tap `first_tap`. Two chains of
-// sums where J is small, since a chain of additions into one register takes 4 cycles a link.
-template <int J, int S, int P, bool Edge, typename A>
-inline __attribute__((always_inline)) void add_products(Vector<A> (&sum)[2][J], const Rows<A>& rows,
-                                                        int64_t column, int64_t first_tap) {
+// sum[i][j] += gy[f] * x[i][f*S + j] for P outputs f from `column`, J taps from `first_tap`, and I rows of
+// taps. A chain of additions into one register takes 4 cycles a link, so one row of few taps keeps two
+// chains.
+template <int J, int S, int P, int I, bool Edge, typename A>
+inline __attribute__((always_inline)) void add_products(Vector<A> (&sum)[I == 1 ? 2 : I][J],
+                                                        const Rows<A>& rows, int64_t column,
+                                                        int64_t first_tap) {
   Vector<A> grad[P];
 #pragma GCC unroll 8
   for (int f = 0; f < P; ++f) {
     grad[f] = load_vector(rows.grad + (column + f) * rows.grad_pixel_stride);
     keep_in_register(grad[f]);
   }
-  const int64_t first = column * rows.stride + first_tap * rows.dilation - rows.left;
+  constexpr int step = S > 0 ? S : 1;
+  const int64_t stride = S > 0 ? S : rows.stride;
+  const int64_t first = column * stride + first_tap * rows.dilation - rows.left;
   const A* input = rows.input + first * rows.input_pixel_stride;
   if constexpr (S == 0) {  // any stride or dilation, one tap
-    static_assert(J == 1);
+    static_assert(J == 1 && I == 1);
 #pragma GCC unroll 8
     for (int f = 0; f < P; ++f) {
-      const int64_t offset = f * rows.stride;
+      const int64_t offset = f * stride;
       if (Edge && uint64_t(first + offset) >= uint64_t(rows.in_width)) continue;
       sum[f % 2][0] += grad[f] * load_vector(input + offset * rows.input_pixel_stride);
     }
     return;
   }
+#pragma GCC unroll 3
+  for (int i = 0; i < I; ++i, input += rows.input_row_stride) {
 #pragma GCC unroll 32
-  for (int p = 0; S > 0 && p < (P - 1) * S + J; ++p) {
-    if (S > J && p % S >= J) continue;
-    if (Edge && uint64_t(first + p) >= uint64_t(rows.in_width)) continue;
-    Vector<A> x = load_vector(input + p * rows.input_pixel_stride);
-    keep_in_register(x);
+    for (int p = 0; p < (P - 1) * step + J; ++p) {
+      if (step > J && p % step >= J) continue;
+      if (Edge && uint64_t(first + p) >= uint64_t(rows.in_width)) continue;
+      Vector<A> x = load_vector(input + p * rows.input_pixel_stride);
+      keep_in_register(x);
 #pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) {
-      constexpr int step = S > 0 ? S : 1;
-      if (p >= j && (p - j) % step == 0 && (p - j) / step < P) {
-        const int f = (p - j) / step;
-        sum[J <= 4 ? f % 2 : 0][j] += grad[f] * x;
-      }
+      for (int j = 0; j < J; ++j)
+        if (p >= j && (p - j) % step == 0 && (p - j) / step < P) {
+          const int f = (p - j) / step;
+          sum[I > 1 ? i : J <= 4 ? f % 2 : 0][j] += grad[f] * x;
+        }
     }
   }
 }
 
-// J taps of one row of the filter, over columns [column_begin, column_end).
-template <int J, int S, int P, typename A>
-void add_row(A* sums, const Rows<A>& rows, int64_t first_tap, int64_t column_begin, int64_t column_end) {
+// J taps of I rows of the filter, over columns [column, column_end).
+template <int J, int S, int P, int I, typename A>
+void add_row(A* sums, const Rows<A>& rows, int64_t taps, int64_t first_tap, int64_t column,
+             int64_t column_end) {
   constexpr int L = lanes_of<A>;
-  Vector<A> sum[2][J];
-  for (int j = 0; j < J; ++j) sum[0][j] = load_vector(sums + (first_tap + j) * L), sum[1][j] = Vector<A>{};
+  constexpr int chains = I == 1 ? 2 : I;
+  Vector<A> sum[chains][J];
+#pragma GCC unroll 3
+  for (int i = 0; i < chains; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j)
+      sum[i][j] = i < I ? load_vector(sums + (i * taps + first_tap + j) * L) : Vector<A>{};
+
+  const int64_t stride = S > 0 ? S : rows.stride;
   const int64_t span = (J - 1) * rows.dilation;
   const int64_t shift = rows.left - first_tap * rows.dilation;  // column f reads x from f * stride - shift
   // Columns that meet any pixel of x, and those that meet only pixels of x.
-  const int64_t begin = shift - span > 0 ? (shift - span + rows.stride - 1) / rows.stride : 0;
+  const int64_t begin = shift - span > 0 ? (shift - span + stride - 1) / stride : 0;
   const int64_t last = rows.in_width - 1 + shift;
-  const int64_t end = last < 0 ? 0 : std::min(column_end, last / rows.stride + 1);
-  const int64_t inner_begin = shift > 0 ? (shift + rows.stride - 1) / rows.stride : 0;
-  const int64_t inner_last = last - span;
-  const int64_t inner_end = inner_last < 0 ? 0 : inner_last / rows.stride + 1;
-  int64_t column = std::max(begin, column_begin);
+  const int64_t end = last < 0 ? 0 : std::min(column_end, last / stride + 1);
+  const int64_t inner_begin = shift > 0 ? (shift + stride - 1) / stride : 0;
+  const int64_t inner_end = last < span ? 0 : (last - span) / stride + 1;
+  column = std::max(begin, column);
   for (; column + P <= end; column += P) {
     if (column >= inner_begin && column + P <= inner_end)
-      add_products<J, S, P, false, A>(sum, rows, column, first_tap);
+      add_products<J, S, P, I, false, A>(sum, rows, column, first_tap);
     else
-      add_products<J, S, P, true, A>(sum, rows, column, first_tap);
+      add_products<J, S, P, I, true, A>(sum, rows, column, first_tap);
   }
-  for (; column < end; ++column) add_products<J, S, 1, true, A>(sum, rows, column, first_tap);
-  for (int j = 0; j < J; ++j) store_vector(sums + (first_tap + j) * L, sum[0][j] + sum[1][j]);
+  for (; column < end; ++column) add_products<J, S, 1, I, true, A>(sum, rows, column, first_tap);
+
+  if (I == 1)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) sum[0][j] += sum[1][j];
+#pragma GCC unroll 3
+  for (int i = 0; i < I; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) store_vector(sums + (i * taps + first_tap + j) * L, sum[i][j]);
 }
 
+// `count` rows of the filter, the rows of x below each other, over columns [begin, end).
 template <int S, int P, typename A>
-void add_filter_row(A* sums, const Rows<A>& rows, int64_t taps, int64_t begin, int64_t end) {
-  if constexpr (S == 0) {
-    for (int64_t j = 0; j < taps; ++j) add_row<1, 0, P, A>(sums, rows, j, begin, end);
-    return;
-  } else {
-    if (taps == 3) return add_row<3, S, P, A>(sums, rows, 0, begin, end);
-    if (taps == 5) return add_row<5, S, P, A>(sums, rows, 0, begin, end);
-    int64_t j = 0;
-    for (; j + 7 <= taps; j += 7) add_row<7, S, P, A>(sums, rows, j, begin, end);
-    for (; j + 3 <= taps; j += 3) add_row<3, S, P, A>(sums, rows, j, begin, end);
-    for (; j < taps; ++j) add_row<1, S, P, A>(sums, rows, j, begin, end);
+void add_filter_rows(A* sums, Rows<A> rows, int64_t count, int64_t taps, int64_t begin, int64_t end) {
+  constexpr int L = lanes_of<A>;
+  constexpr bool many = vector_bytes == 64 && std::is_same_v<A, float>;  // registers for several rows of sums
+  while (count > 0) {
+    int64_t done = 1;
+    if constexpr (S == 0) {
+      for (int64_t j = 0; j < taps; ++j) add_row<1, 0, P, 1, A>(sums, rows, taps, j, begin, end);
+    } else if (many && taps == 3 && count >= 3) {
+      add_row<3, S, P, many ? 3 : 1, A>(sums, rows, taps, 0, begin, end), done = 3;
+    } else if (many && taps == 5 && count >= 2) {
+      add_row<5, S, P, many ? 2 : 1, A>(sums, rows, taps, 0, begin, end), done = 2;
+    } else if (many && taps == 7 && count >= 2 && S == 1) {
+      add_row<7, S, P, many ? 2 : 1, A>(sums, rows, taps, 0, begin, end), done = 2;
+    } else if (taps == 5) {
+      add_row<5, S, P, 1, A>(sums, rows, taps, 0, begin, end);
+    } else {
+      int64_t j = 0;
+      for (; j + 7 <= taps; j += 7) add_row<7, S, P, 1, A>(sums, rows, taps, j, begin, end);
+      for (; j + 3 <= taps; j += 3) add_row<3, S, P, 1, A>(sums, rows, taps, j, begin, end);
+      for (; j < taps; ++j) add_row<1, S, P, 1, A>(sums, rows, taps, j, begin, end);
+    }
+    sums += done * taps * L;
+    rows.input += done * rows.input_row_stride;
+    count -= done;
   }
 }
 
 template <typename A>
-using FilterRowKernel = void (*)(A* sums, const Rows<A>& rows, int64_t taps, int64_t begin, int64_t end);
+using FilterRowKernel = void (*)(A* sums, Rows<A> rows, int64_t count, int64_t taps, int64_t begin,
+                                 int64_t end);
 
 template <int P, typename A>
 FilterRowKernel<A> choose_filter_row_kernel(const DepthwiseConv2dShape& s) {
-  if (s.dilation_width == 1 && s.stride_width == 1) return add_filter_row<1, P, A>;
-  if (s.dilation_width == 1 && s.stride_width == 2) return add_filter_row<2, P, A>;
-  return add_filter_row<0, P, A>;
+  if (s.dilation_width == 1 && s.stride_width == 1) return add_filter_rows<1, P, A>;
+  if (s.dilation_width == 1 && s.stride_width == 2) return add_filter_rows<2, P, A>;
+  return add_filter_rows<0, P, A>;
 }
 
 }  // namespace
@@ -182,20 +215,21 @@ void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* 
             const int64_t column_end = std::min(column + columns_at_once, s.out_width);
             for (int64_t b = 0; b < count_blocks; ++b) {
               A* sums_here = sums + b * sums_of_block;
-              Rows<A> pair{gys[b].data + e * gys[b].row_stride,
-                           nullptr,
-                           gys[b].pixel_stride,
-                           xs[b].pixel_stride,
-                           s.in_width,
-                           s.stride_width,
-                           s.dilation_width,
-                           s.padding_left};
-              for (int64_t i = 0; i < s.kernel_height; ++i) {
-                const int64_t h = e * s.stride_height + i * s.dilation_height - s.padding_top;
-                if (h < 0 || h >= s.in_height) continue;
-                pair.input = xs[b].data + h * xs[b].row_stride;
-                kernel(sums_here + i * s.kernel_width * L, pair, s.kernel_width, column, column_end);
-              }
+              const int64_t top = e * s.stride_height - s.padding_top, dilation = s.dilation_height;
+              const int64_t i =
+                  top < 0 ? ceil_div(-top, dilation) : 0;  // the first row of taps inside the image
+              const int64_t i_end =
+                  top < s.in_height ? std::min(s.kernel_height, ceil_div(s.in_height - top, dilation)) : 0;
+              const Rows<A> pair{gys[b].data + e * gys[b].row_stride,
+                                 xs[b].data + (top + i * dilation) * xs[b].row_stride,
+                                 gys[b].pixel_stride,
+                                 xs[b].pixel_stride,
+                                 dilation * xs[b].row_stride,
+                                 s.in_width,
+                                 s.stride_width,
+                                 s.dilation_width,
+                                 s.padding_left};
+              kernel(sums_here + i * s.kernel_width * L, pair, i_end - i, s.kernel_width, column, column_end);
               if (grad_bias) {
                 Vector<A> sum = load_vector(sums_here + taps * L);
                 for (int64_t f = column; f < column_end; ++f)
@@ -224,9 +258,6 @@ void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* 
 #define FASTCONV_INSTANTIATE(T)                                                            \
   template void depthwise_conv2d_vectorized_grad_weight_cpu<T>(const T*, const T*, T*, T*, \
                                                                const DepthwiseConv2dShape&, ParallelFor);
-FASTCONV_INSTANTIATE(float)
-FASTCONV_INSTANTIATE(double)
-FASTCONV_INSTANTIATE(BFloat16)
-FASTCONV_INSTANTIATE(Float16)
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY
