@@ -13,6 +13,14 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def integer(name: str, value: int, least: int = 1) -> int:
+    """An argument that is one integer of at least ``least``."""
+    value = _integer(name, value, "an integer")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return value
+
+
 def pair(name: str, value: int | Sequence[int], least: int = 1) -> tuple[int, int]:
     """(height, width) of an argument given as one integer or as two; each at least ``least``."""
     if type(value) is int:
@@ -26,13 +34,13 @@ def pair(name: str, value: int | Sequence[int], least: int = 1) -> tuple[int, in
     return first, second
 
 
-def _integer(name: str, value: object) -> int:
+def _integer(name: str, value: object, allowed: str = "an integer or a pair of integers") -> int:
     if isinstance(value, torch.SymInt):
         return value
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer or a pair of integers, got {value!r}") from None
+        raise TypeError(f"{name} must be {allowed}, got {value!r}") from None
 
 
 def padding_sides(
@@ -66,6 +74,13 @@ def output_size(
             f"the padded input's {size + padding}; give more padding or a larger input"
         )
     return (size + padding - span) // stride + 1
+
+
+def check_integers(name: str, values: Sequence[int], count: int, least: int) -> None:
+    if len(values) != count:
+        raise ValueError(f"{name} must have {count} values, got {tuple(values)}")
+    if any(value < least for value in values):
+        raise ValueError(f"{name} must be at least {least}, got {tuple(values)}")
 
 
 def check_tensor(name: str, tensor: object, rank: int, like: torch.Tensor | None = None) -> None:

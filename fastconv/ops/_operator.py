@@ -40,7 +40,10 @@ class Operator:
             operators of the library, so that it can be differentiated again.
         vmap: ``vmap(info, in_dims, *arguments) -> (output, out_dims)``.
         flops: ``flops(*argument_shapes, out_shape) -> int``, two for each multiply-add.
+        check: ``check(*arguments)`` raises on arguments that do not fit together. It runs before Triton's
+            kernels; the compiled ones check for themselves.
         triton: ``"module:function"`` below ``fastconv.kernels`` that launches the Triton kernels.
+        autocast: whether ``torch.autocast`` casts the tensors; not where the operator does no arithmetic.
     """
 
     def __init__(
@@ -53,9 +56,12 @@ class Operator:
         backward: Callable[..., Any],
         vmap: Callable[..., Any],
         flops: Callable[..., int],
+        check: Callable[..., object],
         triton: str,
+        autocast: bool = True,
     ) -> None:
         self.name = name
+        self._check = check
         self._triton = triton
         self._ops: dict[str, Any] = {}
         self._functions: dict[str, type[torch.autograd.Function]] = {}
@@ -67,7 +73,7 @@ class Operator:
             setup = self._remember_backend(overload, setup_context)
             torch.library.register_fake(qualname, fake, lib=library)
             torch.library.register_vmap(qualname, self._vmap_for(op, vmap), lib=library)
-            for device_type in ("CPU", "CUDA"):
+            for device_type in ("CPU", "CUDA") if autocast else ():
                 library.impl(qualname, self._autocast_for(op, device_type), f"Autocast{device_type}")
             self._ops[overload] = op
             self._functions[overload] = type(
@@ -99,6 +105,7 @@ class Operator:
         return self._ops[overload](*arguments)
 
     def _launch_triton(self, *arguments: Any) -> Any:
+        self._check(*arguments)
         module, function = self._triton.split(":")
         return getattr(importlib.import_module(f"fastconv.kernels.{module}"), function)(*arguments)
 
@@ -177,6 +184,18 @@ def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
             return torch.contiguous_format
         smallest = strides[dim] * max(sizes[dim], 1)
     return torch.channels_last
+
+
+def new_output(input: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """An uninitialised tensor of a shape, with the dtype, device and memory format of a 4-D input."""
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
+
+
+def fold_into_batch(op: Any, info: Any, in_dims: Sequence[int | None], input: torch.Tensor, *rest: Any):
+    """``vmap`` where only the input is mapped: more images."""
+    folded = input.movedim(in_dims[0], 0)
+    output = op(folded.flatten(0, 1), *rest)
+    return output.unflatten(0, folded.shape[:2]), 0
 
 
 def _any_requires_grad(arguments: Sequence[Any]) -> bool:

@@ -9,8 +9,8 @@ import torch
 
 from ..backends import Choice
 from ._activation import FROM_OUTPUT, activate, activation_backward, check_activation
-from ._arguments import check_tensor, output_size, padding_sides, pair
-from ._operator import Operator, autocast, memory_format_of
+from ._arguments import check_integers, check_tensor, output_size, padding_sides, pair
+from ._operator import Operator, autocast, fold_into_batch, memory_format_of, new_output
 
 
 def depthwise_conv2d_reference(
@@ -142,12 +142,6 @@ def _aten(input, weight, bias, stride, padding, dilation, activation):
     return activate(output, activation)
 
 
-def _prefer(input, weight, stride, dilation) -> tuple[str, ...]:
-    if input.device.type == "cuda":
-        return "cuda", "triton", "aten"
-    return "cpu", "aten"
-
-
 def _why_not(backend, algorithm, input, *_) -> str | None:
     if backend == "aten" and input.shape[1] == 0:
         return "PyTorch's convolution needs at least one channel"
@@ -164,7 +158,6 @@ choose = Choice(
         "aten": (),
         "reference": (),
     },
-    prefer=_prefer,
     why_not=_why_not,
 )
 
@@ -174,8 +167,17 @@ choose = Choice(
 
 def _fake(input, weight, bias, stride, padding, dilation, activation, algorithm):
     height, width = _check(input, weight, bias, stride, padding, dilation, activation)
-    shape = (input.shape[0], weight.shape[0], height, width)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
+    return new_output(input, (input.shape[0], weight.shape[0], height, width))
+
+
+def _check_forward(input, weight, bias, stride, padding, dilation, activation, algorithm) -> tuple[int, int]:
+    check_tensor("input", input, rank=4)
+    check_tensor("weight", weight, rank=4, like=input)
+    check_integers("stride", stride, 2, least=1)
+    check_integers("padding", padding, 4, least=0)
+    check_integers("dilation", dilation, 2, least=1)
+    choose.check_algorithm("triton", algorithm)
+    return _check(input, weight, bias, stride, padding, dilation, activation)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -203,9 +205,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
 def _vmap(op, info, in_dims, input, weight, bias, *rest):
     # A mapped weight makes more channels, an unmapped one only more images.
     if in_dims[1] is None and (bias is None or in_dims[2] is None):
-        folded = input.movedim(in_dims[0], 0)
-        output = op(folded.flatten(0, 1), weight, bias, *rest)
-        return output.unflatten(0, folded.shape[:2]), 0
+        return fold_into_batch(op, info, in_dims, input, weight, bias, *rest)
     count = info.batch_size
     input = _channels_from_map(input, in_dims[0], count, 1)
     weight = _channels_from_map(weight, in_dims[1], count, 0)
@@ -236,6 +236,7 @@ forward_operator = Operator(
     backward=_backward,
     vmap=_vmap,
     flops=_flops,
+    check=_check_forward,
     triton="depthwise_conv2d:depthwise_conv2d_forward_triton",
 )
 
@@ -246,15 +247,19 @@ forward_operator = Operator(
 def _backward_fake(
     grad_output, input, weight, stride, padding, dilation, algorithm, need_input, need_weight, need_bias
 ):
-    def like(tensor, memory_format):
-        return torch.empty(tensor.shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
-
-    nothing = (0,)
     return (
-        like(input, memory_format_of(input)) if need_input else input.new_empty(nothing),
-        like(weight, torch.contiguous_format) if need_weight else input.new_empty(nothing),
+        new_output(input, input.shape) if need_input else input.new_empty(0),
+        input.new_empty(weight.shape if need_weight else 0),
         input.new_empty(weight.shape[0] if need_bias else 0),
     )
+
+
+def _check_backward(grad_output, input, weight, stride, padding, dilation, algorithm, *_) -> None:
+    size = _check_forward(input, weight, None, stride, padding, dilation, None, algorithm)
+    check_tensor("grad_output", grad_output, rank=4, like=input)
+    expected = (input.shape[0], weight.shape[0], *size)
+    if grad_output.shape != expected:
+        raise ValueError(f"grad_output must have shape {expected}, got {tuple(grad_output.shape)}")
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -328,6 +333,7 @@ backward_operator = Operator(
     backward=_backward_backward,
     vmap=_backward_vmap,
     flops=_backward_flops,
+    check=_check_backward,
     triton="depthwise_conv2d:depthwise_conv2d_backward_triton",
 )
 
