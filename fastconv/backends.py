@@ -22,6 +22,10 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and cannot serve; the message says which condition failed."""
 
 
+def _own_kernels(tensor: torch.Tensor, *_: object) -> tuple[str, ...]:
+    return ("cuda", "triton") if tensor.device.type == "cuda" else ("cpu",)
+
+
 @dataclass(frozen=True)
 class Choice:
     """What an operator offers to the choice of a kernel.
@@ -29,14 +33,15 @@ class Choice:
     Attributes:
         op: the operator's stem.
         algorithms: the algorithms of each backend, the default first.
-        prefer: ``prefer(*arguments) -> backends``, the measured best first, for ``backend=None``.
+        prefer: ``prefer(*arguments) -> backends``, the measured best first, for ``backend=None``; left out
+            where our own kernels win.
         why_not: ``why_not(backend, algorithm, *arguments)`` says which condition of the operator's own
             fails, or None.
     """
 
     op: str
     algorithms: dict[str, tuple[str, ...]]
-    prefer: Callable[..., tuple[str, ...]]
+    prefer: Callable[..., tuple[str, ...]] = _own_kernels
     why_not: Callable[..., str | None] = lambda *_: None
 
     def __post_init__(self) -> None:
@@ -71,11 +76,22 @@ class Choice:
         """Why a backend cannot run this call, or None if it can."""
         if backend not in self.algorithms:
             return f"the operator has none; it has {tuple(self.algorithms)}"
-        if algorithm is not None and algorithm not in self.algorithms[backend]:
-            return f"algorithm must be None or one of {self.algorithms[backend]}, got {algorithm!r}"
-        return why_not(backend, tensor.device.type, tensor.dtype) or self.why_not(
-            backend, algorithm, tensor, *arguments
+        return (
+            self.unknown(backend, algorithm)
+            or why_not(backend, tensor.device.type, tensor.dtype)
+            or self.why_not(backend, algorithm, tensor, *arguments)
         )
+
+    def unknown(self, backend: str, algorithm: str | None) -> str | None:
+        """Which algorithms a backend has, if not this one."""
+        if algorithm is None or algorithm in self.algorithms[backend]:
+            return None
+        return f"algorithm must be None or one of {self.algorithms[backend]}, got {algorithm!r}"
+
+    def check_algorithm(self, backend: str, algorithm: str | None) -> None:
+        """Raises ValueError if the backend has no such algorithm."""
+        if reason := self.unknown(backend, algorithm):
+            raise ValueError(reason)
 
 
 CHOICES: dict[str, Choice] = {}
