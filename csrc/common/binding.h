@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/MemoryFormat.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -126,6 +127,10 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline Integers sizes_of(const Tensor& tensor) {
+  return Integers(tensor.sizes().begin(), tensor.sizes().end());
+}
+
 inline Tensor new_tensor(const Integers& sizes, const Tensor& like,
                          MemoryFormat format = MemoryFormat::Contiguous) {
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
@@ -137,13 +142,55 @@ inline void torch_threads(int64_t count, void (*body)(int64_t, int64_t, void*), 
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
 }
 
-#if defined(FASTCONV_WITH_CUDA)
-inline void* current_stream(const Tensor& tensor) {
+// The algorithm that was asked for, or the first where none was; raises where it is none of these.
+inline std::string chosen(const std::optional<std::string>& algorithm,
+                          std::initializer_list<const char*> names) {
+  std::string known;
+  for (const char* name : names) {
+    if (!algorithm || *algorithm == name) return name;
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  STD_TORCH_CHECK(false, "algorithm must be one of ", known, ", got ", *algorithm);
+}
+
+// The current stream of a CUDA tensor's device; the emulator has none.
+inline void* stream_of([[maybe_unused]] const Tensor& tensor) {
   void* stream = nullptr;
+#if defined(FASTCONV_WITH_CUDA)
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+#endif
   return stream;
 }
-using DeviceGuard = torch::stable::accelerator::DeviceGuard;
+
+// Makes a CUDA tensor's device the current one for as long as it lives.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf([[maybe_unused]] const Tensor& tensor) {
+#if defined(FASTCONV_WITH_CUDA)
+    if (tensor.is_cuda()) guard_.emplace(tensor.get_device_index());
+#endif
+  }
+
+#if defined(FASTCONV_WITH_CUDA)
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
+};
+
+// FASTCONV_BIND(op, function): function<Cpu> serves CPU tensors and function<Cuda> CUDA tensors. In the
+// emulator's library, function<Cuda> serves the overload ".emulator", of CPU tensors.
+#if defined(FASTCONV_EMULATOR)
+#define FASTCONV_BIND(op, function)                              \
+  STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) {            \
+    library.impl(#op ".emulator", TORCH_BOX(&(function<Cuda>))); \
+  }
+#elif defined(FASTCONV_WITH_CUDA)
+#define FASTCONV_BIND(op, function)                                                                     \
+  STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) { library.impl(#op, TORCH_BOX(&(function<Cpu>))); } \
+  STABLE_TORCH_LIBRARY_IMPL(fastconv, CUDA, library) { library.impl(#op, TORCH_BOX(&(function<Cuda>))); }
+#else
+#define FASTCONV_BIND(op, function) \
+  STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) { library.impl(#op, TORCH_BOX(&(function<Cpu>))); }
 #endif
 
 }  // namespace fastconv

@@ -22,6 +22,9 @@ struct Float16 {
   uint16_t bits;
 };
 
+// macro(T) for every type that kernels take.
+#define FASTCONV_EACH_TYPE(macro) macro(float) macro(double) macro(BFloat16) macro(Float16)
+
 // float16 and bfloat16 are multiplied and added in float32.
 template <typename T>
 struct AccumulateType {

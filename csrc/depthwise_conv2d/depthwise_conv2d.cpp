@@ -1,6 +1,4 @@
-// Binds the depthwise kernels to torch.ops.fastconv: the C++ kernels to CPU tensors, the CUDA kernels to CUDA
-// tensors, and, where FASTCONV_EMULATOR is defined, the emulated CUDA kernels to the CPU overload
-// ".emulator".
+// Binds the depthwise kernels to torch.ops.fastconv.
 #include "depthwise_conv2d.h"
 
 #include <tuple>
@@ -49,17 +47,13 @@ MemoryFormat format_of(const DepthwiseConv2dShape& shape) {
   return shape.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-std::string chosen(const std::optional<std::string>& algorithm, const char* otherwise) {
-  return algorithm ? *algorithm : std::string(otherwise);
-}
-
 // One backend's kernels, each called with its element type.
 struct Cpu {
   template <typename T>
   static void forward(const std::optional<std::string>& algorithm, const T* input, const T* weight,
                       const T* bias, T* output, const DepthwiseConv2dShape& shape, Activation activation,
                       const Tensor&) {
-    const std::string name = chosen(algorithm, "vectorized");
+    const std::string name = chosen(algorithm, {"vectorized", "row_blocked", "plain"});
     if (name == "vectorized") {
       FASTCONV_CALL_CPU(depthwise_conv2d_vectorized_forward_cpu<T>(input, weight, bias, output, shape,
                                                                    activation, torch_threads));
@@ -67,7 +61,6 @@ struct Cpu {
       FASTCONV_CALL_CPU(depthwise_conv2d_row_blocked_forward_cpu<T>(input, weight, bias, output, shape,
                                                                     activation, torch_threads));
     } else {
-      STD_TORCH_CHECK(name == "plain", "algorithm must be vectorized, row_blocked or plain, got ", name);
       FASTCONV_CALL_CPU(depthwise_conv2d_plain_forward_cpu<T>(input, weight, bias, output, shape, activation,
                                                               torch_threads));
     }
@@ -77,9 +70,7 @@ struct Cpu {
   static void backward(const std::optional<std::string>& algorithm, const T* grad_output, const T* input,
                        const T* weight, T* grad_input, T* grad_weight, T* grad_bias,
                        const DepthwiseConv2dShape& shape, const Tensor&) {
-    const std::string name = chosen(algorithm, "vectorized");
-    STD_TORCH_CHECK(name == "vectorized" || name == "row_blocked" || name == "plain",
-                    "algorithm must be vectorized, row_blocked or plain, got ", name);
+    const std::string name = chosen(algorithm, {"vectorized", "row_blocked", "plain"});
 #define FASTCONV_BACKWARD(variant)                                                                           \
   if (grad_input)                                                                                            \
     FASTCONV_CALL_CPU(depthwise_conv2d_##variant##_grad_input_cpu<T>(grad_output, weight, grad_input, shape, \
@@ -98,18 +89,9 @@ struct Cpu {
   }
 };
 
-#if defined(FASTCONV_WITH_CUDA) || defined(FASTCONV_EMULATOR)
 struct Cuda {
-#if defined(FASTCONV_EMULATOR)
-  static void* stream_of(const Tensor&) { return nullptr; }
-#else
-  static void* stream_of(const Tensor& tensor) { return current_stream(tensor); }
-#endif
-
   static bool is_tiled(const std::optional<std::string>& algorithm) {
-    const std::string name = chosen(algorithm, "tiled");
-    STD_TORCH_CHECK(name == "tiled" || name == "plain", "algorithm must be tiled or plain, got ", name);
-    return name == "tiled";
+    return chosen(algorithm, {"tiled", "plain"}) == "tiled";
   }
 
   template <typename T>
@@ -142,7 +124,6 @@ struct Cuda {
     }
   }
 };
-#endif
 
 template <typename Backend>
 Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, Integers stride, Integers padding,
@@ -161,10 +142,7 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, Integers
   if (output.numel() == 0) return output;
   input = as_format(input, format_of(shape));
   weight = as_contiguous(weight);
-#if defined(FASTCONV_WITH_CUDA)
-  std::optional<DeviceGuard> guard;
-  if (input.is_cuda()) guard.emplace(input.get_device_index());
-#endif
+  const OnDeviceOf guard(input);
   dispatch_dtype(input, "input", [&](auto element) {
     using T = decltype(element);
     Backend::forward(algorithm, const_data<T>(input), const_data<T>(weight), const_data<T>(bias),
@@ -185,13 +163,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
   for (int dim = 0; dim < 4; ++dim) check_size(grad_output, dim, expected[dim], "grad_output");
 
   const Integers nothing = {0};
-  const auto sizes = [](const Tensor& tensor) {
-    return Integers(tensor.sizes().begin(), tensor.sizes().end());
-  };
-  const Tensor grad_input = new_tensor(need_input ? sizes(input) : nothing, input,
+  const Tensor grad_input = new_tensor(need_input ? sizes_of(input) : nothing, input,
                                        need_input ? format_of(shape) : MemoryFormat::Contiguous);
   const bool weight_pass = need_weight || need_bias;  // one pass over grad_output serves both
-  const Tensor grad_weight = new_tensor(weight_pass ? sizes(weight) : nothing, input);
+  const Tensor grad_weight = new_tensor(weight_pass ? sizes_of(weight) : nothing, input);
   const Tensor grad_bias = new_tensor(need_bias ? Integers{shape.out_channels} : nothing, input);
   if (grad_output.numel() == 0) {  // no outputs: nothing flows back
     for (Tensor tensor : {grad_input, grad_weight, grad_bias}) torch::stable::zero_(tensor);
@@ -200,10 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
   grad_output = as_format(grad_output, format_of(shape));
   input = as_format(input, format_of(shape));
   weight = as_contiguous(weight);
-#if defined(FASTCONV_WITH_CUDA)
-  std::optional<DeviceGuard> guard;
-  if (input.is_cuda()) guard.emplace(input.get_device_index());
-#endif
+  const OnDeviceOf guard(input);
   dispatch_dtype(input, "input", [&](auto element) {
     using T = decltype(element);
     Backend::backward(algorithm, const_data<T>(grad_output), const_data<T>(input), const_data<T>(weight),
@@ -215,22 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
 }
 
 }  // namespace
-}  // namespace fastconv
 
-#if defined(FASTCONV_EMULATOR)
-STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) {
-  library.impl("depthwise_conv2d.emulator", TORCH_BOX(&fastconv::forward<fastconv::Cuda>));
-  library.impl("depthwise_conv2d_backward.emulator", TORCH_BOX(&fastconv::backward<fastconv::Cuda>));
-}
-#else
-STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) {
-  library.impl("depthwise_conv2d", TORCH_BOX(&fastconv::forward<fastconv::Cpu>));
-  library.impl("depthwise_conv2d_backward", TORCH_BOX(&fastconv::backward<fastconv::Cpu>));
-}
-#if defined(FASTCONV_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastconv, CUDA, library) {
-  library.impl("depthwise_conv2d", TORCH_BOX(&fastconv::forward<fastconv::Cuda>));
-  library.impl("depthwise_conv2d_backward", TORCH_BOX(&fastconv::backward<fastconv::Cuda>));
-}
-#endif
-#endif
+FASTCONV_BIND(depthwise_conv2d, forward)
+FASTCONV_BIND(depthwise_conv2d_backward, backward)
+
+}  // namespace fastconv

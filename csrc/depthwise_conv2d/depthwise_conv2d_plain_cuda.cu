@@ -156,9 +156,6 @@ void depthwise_conv2d_plain_grad_weight_cuda(const T* grad_output, const T* inpu
                                                           const DepthwiseConv2dShape&, void*);           \
   template void depthwise_conv2d_plain_grad_weight_cuda<T>(const T*, const T*, T*, T*, accumulate_t<T>*, \
                                                            const DepthwiseConv2dShape&, void*);
-FASTCONV_INSTANTIATE(float)
-FASTCONV_INSTANTIATE(double)
-FASTCONV_INSTANTIATE(BFloat16)
-FASTCONV_INSTANTIATE(Float16)
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 
 }  // namespace fastconv

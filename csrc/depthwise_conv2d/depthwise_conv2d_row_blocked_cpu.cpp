@@ -206,9 +206,6 @@ void depthwise_conv2d_row_blocked_grad_weight_cpu(const T* grad_output, const T*
                                                                const DepthwiseConv2dShape&, ParallelFor); \
   template void depthwise_conv2d_row_blocked_grad_weight_cpu<T>(const T*, const T*, T*, T*,               \
                                                                 const DepthwiseConv2dShape&, ParallelFor);
-FASTCONV_INSTANTIATE(float)
-FASTCONV_INSTANTIATE(double)
-FASTCONV_INSTANTIATE(BFloat16)
-FASTCONV_INSTANTIATE(Float16)
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY

@@ -283,9 +283,6 @@ bool depthwise_conv2d_turned_forward_cuda(const T* grad_output, const T* weight,
                                                        const DepthwiseConv2dShape&, Activation, void*);      \
   template bool depthwise_conv2d_turned_forward_cuda<T>(const T*, const T*, T*, const DepthwiseConv2dShape&, \
                                                         void*);
-FASTCONV_INSTANTIATE(float)
-FASTCONV_INSTANTIATE(double)
-FASTCONV_INSTANTIATE(BFloat16)
-FASTCONV_INSTANTIATE(Float16)
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 
 }  // namespace fastconv

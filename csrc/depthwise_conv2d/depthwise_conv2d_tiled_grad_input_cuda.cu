@@ -221,9 +221,6 @@ void depthwise_conv2d_tiled_grad_input_cuda(const T* grad_output, const T* weigh
 #define FASTCONV_INSTANTIATE(T)                                                   \
   template void depthwise_conv2d_tiled_grad_input_cuda<T>(const T*, const T*, T*, \
                                                           const DepthwiseConv2dShape&, void*);
-FASTCONV_INSTANTIATE(float)
-FASTCONV_INSTANTIATE(double)
-FASTCONV_INSTANTIATE(BFloat16)
-FASTCONV_INSTANTIATE(Float16)
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 
 }  // namespace fastconv
