@@ -121,7 +121,7 @@ def depthwise_conv2d_backward_triton(
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``fastconv::depthwise_conv2d_backward.triton``: the gradients; one not needed is an empty tensor."""
-    grad_input = grad_weight = grad_bias = input.new_empty(0)
+    grad_input, grad_weight, grad_bias = (input.new_empty(0) for _ in range(3))  # outputs must not alias
     arguments = (grad_output, input, weight, stride, padding, dilation, algorithm)
     with on_device_of(input):
         if need_input:
