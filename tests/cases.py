@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import pytest
 import torch
 
 DEVICE = os.environ.get("FASTCONV_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,7 +38,12 @@ class Run(NamedTuple):
 
     @property
     def slow(self) -> bool:
-        """Interpreted, thousands of times slower than compiled."""
+        """Triton interpreted: 10 to 100 ms a program."""
+        return DEVICE == "cpu" and self.backend == "triton"
+
+    @property
+    def stands_in(self) -> bool:
+        """A GPU's kernel on the CPU: right, and slow where there is much to compute."""
         return DEVICE == "cpu" and self.backend in ("emulator", "triton")
 
     def serves(self, dtype: torch.dtype) -> bool:
@@ -59,6 +66,16 @@ def runs(op: str, *, own: bool = False) -> list[Run]:
         if backend in OVERLOADS or not own
         for algorithm in algorithms[backend] or (None,)
     ]
+
+
+def for_runs(which: list[Run], **axes: tuple[Iterable, Iterable]) -> pytest.MarkDecorator:
+    """Parametrises a test by ``run`` and further arguments, each given as (values, values for slow runs)."""
+    values = [
+        (run, *point)
+        for run in which
+        for point in itertools.product(*(few if run.slow else many for many, few in axes.values()))
+    ]
+    return pytest.mark.parametrize(["run", *axes], values, ids=lambda v: str(v).removeprefix("torch."))
 
 
 # How an (N, C, H, W) tensor may lie in memory: layout(make, shape), where make(shape) gives the values.

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cases import DEVICE, runs
+from cases import DEVICE, for_runs, runs
 from tolerances import assert_close
 from torch.func import grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
@@ -16,8 +16,10 @@ from fastconv import depthwise_conv2d, depthwise_conv2d_reference
 from fastconv.ops._activation import ACTIVATIONS
 
 OP = "depthwise_conv2d"
-each_run = pytest.mark.parametrize("run", runs(OP), ids=str)
-each_own_run = pytest.mark.parametrize("run", runs(OP, own=True), ids=str)
+own = runs(OP, own=True)
+# What all overloads share is not repeated on interpreted kernels.
+each_fast_run = for_runs([run for run in runs(OP) if not run.slow])
+each_fast_own_run = for_runs([run for run in own if not run.slow])
 
 # Everything unequal; the multiplier is 2.
 GEOMETRY = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
@@ -47,35 +49,31 @@ def assert_all_close(actual, expected, terms=200):
 SMALL = ((1, 2, 3, 4), (4, 1, 3, 2), (4,))
 
 
-@each_own_run
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("bias", [True, False])
+@for_runs(own, activation=(ACTIVATIONS, [None, "silu"]), bias=([True, False], [True]))
 def test_gradcheck(activation, bias, run):
     given = tensors(shapes=SMALL[: 2 + bias], requires_grad=True)
     f = function(run, activation=activation)
-    assert torch.autograd.gradcheck(f, given, fast_mode=run.slow)
+    assert torch.autograd.gradcheck(f, given, fast_mode=run.stands_in)
 
 
-@each_own_run
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@for_runs(own, activation=(ACTIVATIONS, ["silu"]))
 def test_gradgradcheck(activation, run):
     given = tensors(shapes=SMALL, requires_grad=True)
     f = function(run, activation=activation)
-    assert torch.autograd.gradgradcheck(f, given, fast_mode=run.slow)
+    assert torch.autograd.gradgradcheck(f, given, fast_mode=run.stands_in)
 
 
-@each_own_run
-@pytest.mark.parametrize("multiplier", [1, 3])
+@for_runs(own, multiplier=([1, 3], [1]))
 def test_gradgradcheck_channels_last(multiplier, run):
     input, weight = tensors(shapes=((1, 2, 4, 3), (2 * multiplier, 1, 2, 3)))
     input = input.contiguous(memory_format=torch.channels_last)
     given = [input.requires_grad_(), weight.requires_grad_()]
     f = functools.partial(depthwise_conv2d, padding=1, **run.keywords)
-    assert torch.autograd.gradcheck(f, given, fast_mode=run.slow)
-    assert torch.autograd.gradgradcheck(f, given, fast_mode=run.slow)
+    assert torch.autograd.gradcheck(f, given, fast_mode=run.stands_in)
+    assert torch.autograd.gradgradcheck(f, given, fast_mode=run.stands_in)
 
 
-@each_own_run
+@each_fast_own_run
 @pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
 def test_second_gradients_of_some(needed, run):
     """Where only some tensors need a gradient, the double backward meets gradients that do not exist."""
@@ -97,8 +95,7 @@ def test_second_gradients_of_some(needed, run):
 # torch.func.
 
 
-@each_run
-@pytest.mark.parametrize("activation", [None, "relu6", "gelu"])
+@for_runs(runs(OP), activation=([None, "relu6", "gelu"], ["gelu"]))
 def test_func_grad(activation, run):
     given = tensors()
 
@@ -110,7 +107,7 @@ def test_func_grad(activation, run):
     )
 
 
-@each_run
+@each_fast_run
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_func_grad_of_grad(activation, run):
     given = tensors()
@@ -127,7 +124,7 @@ def test_func_grad_of_grad(activation, run):
     assert_all_close(actual, expected, 2000)
 
 
-@each_own_run
+@each_fast_own_run
 def test_func_grad_of_the_operator(run):
     """The operator alone, as torch.compile calls it, under torch.func: gradients of each image."""
     input, weight, bias = tensors(shapes=((3, *SHAPES[0]), *SHAPES[1:]))
@@ -144,7 +141,7 @@ def test_func_grad_of_the_operator(run):
     assert_all_close(actual, [torch.stack(g) for g in zip(*expected)])
 
 
-@each_run
+@each_fast_run
 def test_jacrev(run):
     given = tensors(shapes=SMALL)
     for argnum in range(3):
@@ -162,7 +159,7 @@ IN_DIMS = [
 ]
 
 
-@each_run
+@each_fast_run
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
 def test_vmap(in_dims, run):
     """Each combination of mapped arguments against a loop: output and gradients."""
@@ -184,7 +181,7 @@ def test_vmap(in_dims, run):
         assert_all_close([m[i] for m in mapped], both(reference(activation="silu"))(*one))
 
 
-@each_own_run
+@each_fast_own_run
 @pytest.mark.parametrize("out_dim", [0, 2, -1])
 def test_vmap_puts_the_dimension_where_asked(out_dim, run):
     given = tensors(shapes=((4, *SHAPES[0]), *SHAPES[1:]))
@@ -193,7 +190,7 @@ def test_vmap_puts_the_dimension_where_asked(out_dim, run):
     assert_close(actual, expected.movedim(0, out_dim), torch.float64, 6)
 
 
-@each_own_run
+@each_fast_own_run
 def test_vmap_of_vmap(run):
     input, weight, bias = tensors(shapes=((2, *SHAPES[0]), (3, *SHAPES[1]), SHAPES[2]))
     f = function(run)
@@ -205,7 +202,7 @@ def test_vmap_of_vmap(run):
 # Checkpoints, autocast, FLOPs.
 
 
-@each_run
+@each_fast_run
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(use_reentrant, run):
     given = tensors(requires_grad=True)
@@ -220,7 +217,10 @@ def test_checkpoint(use_reentrant, run):
 
 
 AUTOCAST = [
-    (run, dtype) for run in runs(OP) for dtype in (torch.bfloat16, torch.float16) if run.serves(dtype)
+    (run, dtype)
+    for run in runs(OP)
+    for dtype in (torch.bfloat16, torch.float16)
+    if run.serves(dtype) and not run.slow
 ]
 
 
@@ -272,7 +272,7 @@ def test_autocast_of_the_operator(run, dtype):
     assert output.dtype == dtype
 
 
-@each_own_run
+@each_fast_own_run
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("needs_input", [True, False])
 def test_flops_are_those_of_pytorchs_convolution(needs_input, stride, run):

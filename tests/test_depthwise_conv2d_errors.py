@@ -198,12 +198,13 @@ def test_backward_operator_refuses(changes, run):
         call({**arguments, **on_device(changes)})
 
 
-# More than 2^31 elements. Memory that is zero and never written costs nothing, so the input may be that large;
-# one pixel beyond 2^31 is not zero, and long strides keep the output small. The input's gradient is as large as
-# the input, 4 GiB that are written: --slow. (One row of 2^31 pixels is no image: a kernel may run out of memory.)
+# More than 2^31 elements. Memory that is zero and never written costs nothing, so the input may be that
+# large; one pixel beyond 2^31 is not zero, and long strides keep the output small. The input's gradient is
+# as large as the input, 4 GiB that are written: --slow. (One row of 2^31 pixels is no image: kernels may
+# refuse it, or run out of memory for the rows that they keep at hand.)
 
 BEYOND = {  # height and width, stride
-    "tall": ((2**31 + 2**20, 1), (2**20, 1)),
+    "tall": ((2**26 + 2**10, 2**5), (2**16, 2**3)),
     "square": ((2**16 + 2**5, 2**15), (2**11, 2**9)),
 }
 
@@ -220,7 +221,8 @@ def huge(size, stride):
     return image, tuple(visited.shape)
 
 
-@each_own_run
+# Triton's interpreter would copy the image, and back.
+@pytest.mark.parametrize("run", [run for run in runs(OP, own=True) if not run.slow], ids=str)
 @pytest.mark.parametrize("size, stride", BEYOND.values(), ids=BEYOND)
 def test_more_than_2_to_the_31_elements(size, stride, run):
     image, output_shape = huge(size, stride)
@@ -231,7 +233,7 @@ def test_more_than_2_to_the_31_elements(size, stride, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [run for run in runs(OP, own=True) if not run.slow], ids=str)
+@pytest.mark.parametrize("run", [run for run in runs(OP, own=True) if not run.stands_in], ids=str)
 @pytest.mark.parametrize("size, stride", BEYOND.values(), ids=BEYOND)
 def test_gradient_of_more_than_2_to_the_31_elements(size, stride, run):
     image, output_shape = huge(size, stride)
@@ -241,5 +243,6 @@ def test_gradient_of_more_than_2_to_the_31_elements(size, stride, run):
     grad_input, grad_weight, grad_bias = run.operator(f"{OP}_backward")(
         grad_output, image, weight, stride, (0, 0, 0, 0), (1, 1), run.algorithm, True, True, True
     )
-    assert grad_input[0, 0, :: stride[0], :: stride[1]][-1, -1] == grad_input.sum() == 2.0
+    visited = grad_input[0, 0, :: stride[0], :: stride[1]]
+    assert visited[-1, -1] == visited.sum() == 2.0
     assert grad_weight.item() == 12.0 and grad_bias.item() == 4.0
