@@ -34,6 +34,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
   FASTCONV_DYNAMIC_SHARED(T, tile);
   const TilePosition at = tile_position<ChannelsLast>(t, input, blockIdx.x);
   const int column = at.column * S - int(s.padding_left);
+  const T* filters = nullptr;
+  if constexpr (ChannelsLast) filters = fill_taps(tile, weight, t, at, K * K, s.out_channels);
   fill_tile<ChannelsLast>(tile, input, t, at, at.row * S - int(s.padding_top), column);
   const int out_rows = int(s.out_height), out_columns = int(s.out_width);
   const int64_t step_column = ChannelsLast ? s.out_channels : 1, step_row = out_columns * step_column;
@@ -52,9 +54,12 @@ __global__ void __launch_bounds__(tiled_threads, 1)
     for (int c = 0; c < Channels; ++c) {
       const bool exists = channel + c < s.out_channels;
 #pragma unroll
-      for (int tap = 0; tap < K * K; ++tap)
+      for (int tap = 0; tap < K * K; ++tap) {
+        const int from = turned ? K * K - 1 - tap : tap;
         taps[tap / K][tap % K][c] =
-            load(load_global(weight + (channel + c) * K * K + (turned ? K * K - 1 - tap : tap), exists));
+            load(ChannelsLast ? load_shared(filters + (walk.channel + c) * K * K + from)
+                              : load_global(weight + channel * K * K + from));
+      }
       offset[c] = bias == nullptr ? 0 : load(load_global(bias + channel + c, exists));
     }
 
@@ -229,8 +234,9 @@ bool convolve(const T* input, const T* weight, const T* bias, T* output, const D
     const Tiling t = walking_tiling(source, ChannelsLast, channels_per_lane<T, K>, ChannelsLast ? 4 : 1,
                                     s.out_height, s.out_width, {S, K - 1}, s.batch * s.in_channels);
     FASTCONV_LAUNCH((depthwise_conv2d_tiled_forward_kernel<T, K, S, ChannelsLast>),
-                    grid_size(tile_count(t, s.batch, ChannelsLast)), t.threads, t.shared_bytes, stream,
-                    source, weight, bias, output, s, t, activation, turned);
+                    grid_size(tile_count(t, s.batch, ChannelsLast)), t.threads,
+                    t.shared_bytes + (ChannelsLast ? t.channels * K * K * int(sizeof(T)) : 0), stream, source,
+                    weight, bias, output, s, t, activation, turned);
   };
   if (dispatch_walk<T>(s, walk)) return true;
 

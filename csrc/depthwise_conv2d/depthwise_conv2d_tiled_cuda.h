@@ -148,6 +148,19 @@ __device__ __forceinline__ void fill_tile(T* tile, const Source<T>& source, cons
   __syncthreads();
 }
 
+// channels_last: copies the filters of a chunk, which lie behind one another, to the place after the tile,
+// before fill_tile. Read from there: in global memory the lanes' taps lie a whole filter apart, a sector for
+// each.
+template <typename T>
+__device__ __forceinline__ T* fill_taps(T* tile, const T* weight, const Tiling& t, const TilePosition& at,
+                                        int taps, int64_t channels) {
+  T* const filters = tile + t.in_rows * t.pitch;
+  const int64_t first = at.group * t.channels * taps;
+  for (int i = int(threadIdx.x); i < t.channels * taps; i += int(blockDim.x))
+    copy_to_shared(filters + i, weight + first + i, first + i < channels * taps);
+  return filters;
+}
+
 // The widest unit of which every row of a tensor, and of a tile, has a whole number.
 template <typename T>
 int unit_bytes(const T* data, int64_t row_values, int64_t tile_values) {

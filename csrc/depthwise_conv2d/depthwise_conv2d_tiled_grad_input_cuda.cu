@@ -36,6 +36,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
   const TilePosition at = tile_position<ChannelsLast>(t, grad_output, blockIdx.x);
   const int first_row = int(s.padding_top) / S + at.row, first_column = int(s.padding_left) / S + at.column;
   const int left = first_column - (Live - 1);
+  const T* filters = nullptr;
+  if constexpr (ChannelsLast) filters = fill_taps(tile, weight, t, at, K * K, s.in_channels);
   fill_tile<ChannelsLast>(tile, grad_output, t, at, first_row - (Live - 1), left);
   const int in_rows = int(s.in_height), in_columns = int(s.in_width);
 
@@ -49,7 +51,8 @@ __global__ void __launch_bounds__(tiled_threads, 1)
     A taps[K][K];
 #pragma unroll
     for (int tap = 0; tap < K * K; ++tap)
-      taps[tap / K][tap % K] = load(load_global(weight + channel * K * K + tap));
+      taps[tap / K][tap % K] = load(ChannelsLast ? load_shared(filters + walk.channel * K * K + tap)
+                                                 : load_global(weight + channel * K * K + tap));
 
     const T* from = ChannelsLast ? tile + walk.row * t.pitch + walk.column * t.channels + walk.channel
                                  : tile + (walk.channel * t.in_rows + walk.row) * t.pitch + walk.column +
@@ -192,7 +195,8 @@ void depthwise_conv2d_tiled_grad_input_cuda(const T* grad_output, const T* weigh
         const Tiling t = walking_tiling(source, ChannelsLast, 1, ChannelsLast ? 2 : 1, rows, columns,
                                         {1, (K + S - 1) / S - 1}, s.batch * s.in_channels);
         FASTCONV_LAUNCH((depthwise_conv2d_tiled_grad_input_kernel<T, K, S, ChannelsLast>),
-                        grid_size(tile_count(t, s.batch, ChannelsLast)), t.threads, t.shared_bytes, stream,
+                        grid_size(tile_count(t, s.batch, ChannelsLast)), t.threads,
+                        t.shared_bytes + (ChannelsLast ? t.channels * K * K * int(sizeof(T)) : 0), stream,
                         source, weight, grad_input, s, t, rows, columns);
       }
     });

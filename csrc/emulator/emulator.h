@@ -13,6 +13,7 @@
 // Broken rules end the launch with std::runtime_error that names kernel, block, threads and source lines.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -82,14 +83,18 @@ void run(std::string_view kernel, dim3 grid, dim3 block, size_t shared_bytes, vo
          void* arguments);
 
 template <auto Kernel>
-std::string_view kernel_name() {  // such as "scale_kernel<float>", without namespaces
-  std::string_view name = __PRETTY_FUNCTION__;
-  name.remove_prefix(name.find("Kernel = ") + 9);
-  name = name.substr(0, name.rfind("; std::string_view"));
-  if (name.ends_with(']')) name.remove_suffix(1);
-  const size_t arguments = name.find('<');
-  const size_t scope = name.substr(0, arguments).rfind("::");
-  return scope == name.npos ? name : name.substr(scope + 2);
+const std::string& kernel_name() {  // such as "scale_kernel<float>", without namespaces
+  static const std::string result = [](std::string name) {
+    name = name.substr(name.find("Kernel = ") + 9);
+    name.resize(std::min(name.size(), std::min(name.find("; "), name.rfind(']'))));
+    for (size_t end; (end = name.find("::")) != name.npos;) {
+      const size_t before = name.find_last_of("<, ", end);
+      const size_t begin = before == name.npos ? 0 : before + 1;
+      name.erase(begin, end + 2 - begin);
+    }
+    return name;
+  }(__PRETTY_FUNCTION__);
+  return result;
 }
 
 template <auto Kernel, typename... P>
