@@ -141,6 +141,46 @@ inline void transpose(Vector<A> (&rows)[lanes_of<A>]) {
   }
 }
 
+// Reads L values from each of L rows, and writes L values to each of L columns: column(k)[i] = row(i)[k].
+template <typename A, typename Row, typename Column>
+inline __attribute__((always_inline)) void transpose_square(const Row& row, const Column& column) {
+  constexpr int lanes = lanes_of<A>;
+#if defined(__AVX512F__)
+  using From = std::remove_cvref_t<decltype(*row(0))>;
+  using To = std::remove_cvref_t<decltype(*column(0))>;
+  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>) {
+    // Quarters of rows i, i + 4, i + 8, i + 12 meet in one register while they are loaded: two rounds of
+    // shuffles are left of four.
+#pragma GCC unroll 4
+    for (int k = 0; k < 16; k += 4) {
+      __m512 quarter[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        quarter[i] = _mm512_castps128_ps512(_mm_loadu_ps(row(i) + k));
+        quarter[i] = _mm512_insertf32x4(quarter[i], _mm_loadu_ps(row(i + 4) + k), 1);
+        quarter[i] = _mm512_insertf32x4(quarter[i], _mm_loadu_ps(row(i + 8) + k), 2);
+        quarter[i] = _mm512_insertf32x4(quarter[i], _mm_loadu_ps(row(i + 12) + k), 3);
+      }
+      const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(quarter[0], quarter[1]));
+      const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(quarter[0], quarter[1]));
+      const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(quarter[2], quarter[3]));
+      const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(quarter[2], quarter[3]));
+      _mm512_storeu_ps(column(k), _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23)));
+      _mm512_storeu_ps(column(k + 1), _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23)));
+      _mm512_storeu_ps(column(k + 2), _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23)));
+      _mm512_storeu_ps(column(k + 3), _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23)));
+    }
+    return;
+  }
+#endif
+  Vector<A> square[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) square[i] = load_vector(row(i));
+  transpose<A>(square);
+#pragma GCC unroll 16
+  for (int k = 0; k < lanes; ++k) store_vector(column(k), square[k]);
+}
+
 // e^x to 2 units in the last place: 2^n * p(r), r = x - n ln 2, p a Taylor polynomial of degree 6 on |r| <
 // 0.35.
 inline Vector<float> exponential(Vector<float> x) {

@@ -1,83 +1,18 @@
-// Depthwise convolution, C++, vectorized: forward and grad_input.
+// Depthwise convolution, C++, vectorized: forward and grad_input, a channel in each vector lane.
 //
-// Computes  out[e, f] = act(b + sum_ij in[e*s + i*d - p, f*s + j*d - p] * w[i, j]), a channel in each vector
-// lane. One inner step: 8 (or 7) output pixels of a row in registers; a row of taps in registers; each input
-// pixel is
-//   loaded once and added into every output that it reaches: K loads and 8 K multiply-adds for 8 outputs a
-//   tap row.
+// Computes  out[e, f] = act(b + sum_ij in[e*s + i*d - p, f*s + j*d - p] * w[i, j]). One inner step: 8 (or 7)
+// pixels
+//   of one or two rows of the output in registers; each input pixel is loaded once for a row of taps, and
+//   added into every output that it reaches: K + 7 loads for 8 K (two rows: 16 K) multiply-adds.
 // Bytes: input + output once, while a strip of rows stays in the L2 cache.
 // Against row_blocked: sums stay in registers over all taps, so the output is written once, not once a tap.
-// grad_input is the same loop: for stride s, the input rows and columns of each residue modulo s (a phase)
-// are a
-//   stride-1 convolution of grad_output with every s-th tap, reversed; no product with a zero, no atomics.
-// Limits: a channel multiplier, and images in float16 or bfloat16, go through a transposing copy of a strip.
-#include <numeric>
-#include <vector>
-
+// grad_input is the same loop over its phases: no product with a zero, no atomics.
+// Limits: images that are not channels_last go through a tile, transposed a few rows at a time in the L1
+// cache.
 #include "depthwise_conv2d_vectorized_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
-
-// One convolution of a block, onto every `step`-th output row and column. Forward has one phase; grad_input
-// has stride_height * stride_width.
-struct Phase {
-  int64_t first_row, row_step, first_column, column_step;  // of the output
-  int64_t taps_high, taps_wide, dilation_height, dilation_width;
-  int64_t top, left;      // output row r of the phase reads input rows r * stride + i * dilation - top
-  int64_t weight_offset;  // of its packed taps, in vectors
-};
-
-struct Geometry {
-  int64_t in_height, in_width, out_height, out_width;
-  int64_t stride_height, stride_width;  // pixels of the input between two outputs of a phase
-  std::vector<Phase> phases;
-  std::vector<int64_t> taps;  // packed order: tap number (i * kernel_width + j) in the weight
-};
-
-Geometry forward_geometry(const DepthwiseConv2dShape& s) {
-  Geometry g{s.in_height, s.in_width, s.out_height, s.out_width, s.stride_height, s.stride_width, {}, {}};
-  g.phases.push_back({0, 1, 0, 1, s.kernel_height, s.kernel_width, s.dilation_height, s.dilation_width,
-                      s.padding_top, s.padding_left, 0});
-  g.taps.resize(s.kernel_height * s.kernel_width);
-  std::iota(g.taps.begin(), g.taps.end(), 0);
-  return g;
-}
-
-// The taps that reach residue `phase` modulo stride: first, first + step, ... and where they read
-// grad_output.
-struct PhaseTaps {
-  int64_t first, step, count, dilation, offset;  // offset: `top` or `left` of the phase
-};
-
-PhaseTaps phase_taps(int64_t phase, int64_t stride, int64_t dilation, int64_t padding, int64_t kernel) {
-  const int64_t divisor = std::gcd(stride, dilation);
-  PhaseTaps taps{0, stride / divisor, 0, dilation / divisor, 0};
-  const auto reaches = [&](int64_t i) { return (phase + padding - i * dilation) % stride == 0; };
-  while (taps.first < std::min(kernel, taps.step) && !reaches(taps.first)) ++taps.first;
-  if (taps.first >= std::min(kernel, taps.step)) return taps;  // no tap reaches this residue
-  taps.count = (kernel - 1 - taps.first) / taps.step + 1;
-  // Reversed: tap number t of the phase is i = first + (count - 1 - t) * step.
-  const int64_t base = (phase + padding - taps.first * dilation) / stride;
-  taps.offset = (taps.count - 1) * taps.dilation - base;
-  return taps;
-}
-
-Geometry grad_input_geometry(const DepthwiseConv2dShape& s) {
-  Geometry g{s.out_height, s.out_width, s.in_height, s.in_width, 1, 1, {}, {}};
-  for (int64_t a = 0; a < std::min(s.stride_height, s.in_height); ++a) {
-    const PhaseTaps high = phase_taps(a, s.stride_height, s.dilation_height, s.padding_top, s.kernel_height);
-    for (int64_t b = 0; b < std::min(s.stride_width, s.in_width); ++b) {
-      const PhaseTaps wide = phase_taps(b, s.stride_width, s.dilation_width, s.padding_left, s.kernel_width);
-      g.phases.push_back({a, s.stride_height, b, s.stride_width, high.count, wide.count, high.dilation,
-                          wide.dilation, high.offset, wide.offset, int64_t(g.taps.size())});
-      for (int64_t i = high.count - 1; i >= 0; --i)
-        for (int64_t j = wide.count - 1; j >= 0; --j)
-          g.taps.push_back((high.first + i * high.step) * s.kernel_width + wide.first + j * wide.step);
-    }
-  }
-  return g;
-}
 
 // Adds a row of the input to P outputs, S pixels apart, in each of R output rows: row q meets the J taps at
 // taps[q], one pixel apart. `first` is the column of input[0]; only if Edge may columns lie outside [0,
@@ -379,12 +314,16 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
   const int64_t row_bytes = int64_t(sizeof(A)) * channels_at_once *
                             (g.out_width + g.in_width * std::max<int64_t>(g.in_height / g.out_height, 1));
   const int64_t row_step = g.phases[0].row_step;
-  int64_t strip_rows = std::clamp<int64_t>((384 << 10) / row_bytes, 1, g.out_height);
+  int64_t strip_rows = std::clamp<int64_t>((in_place ? 384 << 10 : 192 << 10) / row_bytes, 1, g.out_height);
   const int64_t parallel_items = batch * (in_place ? 1 : blocks);
   if (parallel_items < 64)
     strip_rows = std::min(strip_rows, std::max<int64_t>(g.out_height * parallel_items / 64, 4));
   strip_rows = std::min((strip_rows + row_step - 1) / row_step * row_step, g.out_height);
   const int64_t strips = (g.out_height + strip_rows - 1) / strip_rows;
+
+  // A tile is loaded, computed and stored a few rows at a time, while they are in the L1 cache.
+  const int64_t few = (16 << 10) / (g.out_width * L * int64_t(sizeof(A))) / (2 * row_step) * (2 * row_step);
+  const int64_t part_rows = in_place ? strip_rows : std::min(std::max(few, 2 * row_step), strip_rows);
 
   // In place, an item is a strip of a group of blocks whose packed taps fit the cache; else of one block.
   const int64_t packed = int64_t(g.taps.size()) * L;  // values of one block
@@ -410,7 +349,7 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
   parallel_for(threads, groups * batch * strips, [&](int64_t begin, int64_t end) {
     Scratch<A> taps(group * terms * packed), biases(group * L);
     Scratch<A> in_tile(in_place ? 0 : tile_rows * g.in_width * L);
-    Scratch<A> out_tile(in_place ? 0 : strip_rows * g.out_width * L);
+    Scratch<A> out_tile(in_place ? 0 : part_rows * g.out_width * L);
     std::vector<Strip<A>> parts(group);
     int64_t packed_group = -1;
     for (int64_t item = begin; item < end; ++item) {
@@ -434,51 +373,63 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
         }
       }
       const int64_t row_begin = strip * strip_rows, row_end = std::min(row_begin + strip_rows, g.out_height);
-      const auto [low, high] = input_rows(g, row_begin, row_end);
+      const int64_t low = input_rows(g, row_begin, row_end).first;
+      int64_t loaded = low;  // rows of the image that the tile holds
       Image<const T> source = in;
       source.data = input + image * in_channels * g.in_height * g.in_width;
       Image<T> target = out;
       target.data = output + image * out_channels * g.out_height * g.out_width;
-      for (int64_t m = 0; m < terms; ++m) {
-        for (int64_t block = first_block; block < last_block; ++block) {
-          const int64_t start = in_place ? block_start(block, out_channels, L) : block * L;
-          const int64_t count = std::min(L, out_channels - start);
-          Strip<A>& part = parts[block - first_block];
-          part.geometry = &g;
-          part.input = read_block<T, A>(source, in_lanes(start, m), count, low, high, in_tile.data());
-          part.output = {out_tile.data() - row_begin * g.out_width * L, g.out_width * L, L};
-          if constexpr (std::is_same_v<T, A>)
-            if (in_place) part.output = {target.data + start, target.row_stride(), target.pixel_stride()};
-          part.accumulate = m > 0;
-          part.bias = bias ? biases.data() + (block - first_block) * L : nullptr;
-          part.activation = m == terms - 1 ? activation : Activation::none;
-        }
-        for (int64_t row = row_begin / row_step; row * row_step < row_end; row += 2)
-          for (int64_t column = 0; column < columns; column += columns_at_once) {
-            if (in_place) prefetch_rows(g, source, target, row, column, column + columns_at_once);
-            for (size_t k = 0; k < g.phases.size(); ++k) {
-              const Phase& phase = g.phases[k];
-              const int64_t of_phase =
-                  (g.out_width - phase.first_column + phase.column_step - 1) / phase.column_step;
-              const int64_t column_end = std::min(column + columns_at_once, of_phase);
-              const int64_t rows_left = (row_end - phase.first_row + row_step - 1) / row_step - row;
-              for (int64_t block = 0; block < last_block - first_block; ++block) {
-                parts[block].phase = &phase;
-                parts[block].taps = taps.data() + (block * terms + m) * packed + phase.weight_offset * L;
-                if (rows_left >= 2 && kernels[k].two_rows) {
-                  kernels[k].two_rows(parts[block], row, column, column_end);
-                } else {
-                  for (int64_t q = 0; q < std::min<int64_t>(rows_left, 2); ++q)
-                    kernels[k].one_row(parts[block], row + q, column, column_end);
+      for (int64_t top = row_begin; top < row_end; top += part_rows) {
+        const int64_t bottom = std::min(top + part_rows, row_end);
+        for (int64_t m = 0; m < terms; ++m) {
+          if (!in_place) {
+            const auto [first, last] = input_rows(g, top, bottom);
+            const int64_t from = terms > 1 ? first : std::max(first, loaded);
+            const int64_t start = first_block * L;
+            if (from < last)
+              load_tile(source, in_lanes(start, m), std::min(L, out_channels - start), from, last,
+                        in_tile.data() + (from - low) * g.in_width * L);
+            loaded = std::max(loaded, last);
+          }
+          for (int64_t block = 0; block < last_block - first_block; ++block) {
+            Strip<A>& part = parts[block];
+            part.geometry = &g;
+            part.accumulate = m > 0;
+            part.bias = bias ? biases.data() + block * L : nullptr;
+            part.activation = m == terms - 1 ? activation : Activation::none;
+            part.input = {in_tile.data() - low * g.in_width * L, g.in_width * L, L};
+            part.output = {out_tile.data() - top * g.out_width * L, g.out_width * L, L};
+            if constexpr (std::is_same_v<T, A>)
+              if (in_place) {
+                const int64_t start = block_start(first_block + block, out_channels, L);
+                part.input = {source.data + start, source.row_stride(), source.pixel_stride()};
+                part.output = {target.data + start, target.row_stride(), target.pixel_stride()};
+              }
+          }
+          for (int64_t row = top / row_step; row * row_step < bottom; row += 2)
+            for (int64_t column = 0; column < columns; column += columns_at_once) {
+              if (in_place) prefetch_rows(g, source, target, row, column, column + columns_at_once);
+              for (size_t k = 0; k < g.phases.size(); ++k) {
+                const Phase& phase = g.phases[k];
+                const int64_t column_end = std::min(column + columns_at_once, phase_columns(g, phase));
+                const int64_t rows_left = (bottom - phase.first_row + row_step - 1) / row_step - row;
+                for (int64_t block = 0; block < last_block - first_block; ++block) {
+                  parts[block].phase = &phase;
+                  parts[block].taps = taps.data() + (block * terms + m) * packed + phase.weight_offset * L;
+                  if (rows_left >= 2 && kernels[k].two_rows) {
+                    kernels[k].two_rows(parts[block], row, column, column_end);
+                  } else {
+                    for (int64_t q = 0; q < std::min<int64_t>(rows_left, 2); ++q)
+                      kernels[k].one_row(parts[block], row + q, column, column_end);
+                  }
                 }
               }
             }
-          }
-      }
-      if (!in_place) {
-        const int64_t start = first_block * L;
-        store_tile<T, A>(target, {start}, std::min(L, out_channels - start), row_begin, row_end,
-                         out_tile.data());
+        }
+        if (!in_place) {
+          const int64_t start = first_block * L;
+          store_tile<T, A>(target, {start}, std::min(L, out_channels - start), top, bottom, out_tile.data());
+        }
       }
     }
   });
@@ -491,9 +442,10 @@ void depthwise_conv2d_vectorized_forward_cpu(const T* input, const T* weight, co
                                              const DepthwiseConv2dShape& shape, Activation activation,
                                              ParallelFor threads) {
   const int64_t multiplier = shape.multiplier();
+  const Geometry geometry = forward_geometry(shape);
   convolve<T>(
-      input, shape.in_channels, output, shape.out_channels, shape.batch, shape.channels_last,
-      forward_geometry(shape), weight, shape.kernel_height * shape.kernel_width, bias, activation, 1,
+      input, shape.in_channels, output, shape.out_channels, shape.batch, shape.channels_last, geometry,
+      weight, shape.kernel_height * shape.kernel_width, bias, activation, 1,
       [&](int64_t first, int64_t) { return Lanes{first, 1, multiplier, 0}; },
       [](int64_t channel, int64_t) { return channel; }, threads);
 }
@@ -502,10 +454,11 @@ template <typename T>
 void depthwise_conv2d_vectorized_grad_input_cpu(const T* grad_output, const T* weight, T* grad_input,
                                                 const DepthwiseConv2dShape& shape, ParallelFor threads) {
   const int64_t multiplier = shape.multiplier();
+  const Geometry geometry = grad_input_geometry(shape);
   convolve<T>(
       grad_output, shape.out_channels, grad_input, shape.in_channels, shape.batch, shape.channels_last,
-      grad_input_geometry(shape), weight, shape.kernel_height * shape.kernel_width, nullptr, Activation::none,
-      multiplier, [&](int64_t first, int64_t m) { return Lanes{first, multiplier, 1, m}; },
+      geometry, weight, shape.kernel_height * shape.kernel_width, nullptr, Activation::none, multiplier,
+      [&](int64_t first, int64_t m) { return Lanes{first, multiplier, 1, m}; },
       [&](int64_t channel, int64_t m) { return channel * multiplier + m; }, threads);
 }
 

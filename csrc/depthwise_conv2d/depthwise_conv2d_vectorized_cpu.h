@@ -8,11 +8,9 @@
 #include <algorithm>
 
 #include "../common/simd.h"
-#include "depthwise_conv2d.h"
+#include "depthwise_conv2d_geometry.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return b == 1 ? a : (a + b - 1) / b; }  // dividing is slow
 
 template <typename T>
 struct Image {
@@ -70,15 +68,14 @@ void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, i
   const T* runs[L];
   for (int64_t lane = 0; lane < L; ++lane)
     runs[lane] = image.data + lanes.channel(std::min(lane, count - 1)) * image.channel_stride() + first;
+  const auto load_square = [&](int64_t k) {
+    transpose_square<A>([&](int lane) { return runs[lane] + k; },
+                        [&](int pixel) { return tile + (k + pixel) * L; });
+  };
   int64_t k = 0;
-  for (; k + L <= pixels; k += L) {
-    Vector<A> square[L];
-#pragma GCC unroll 16
-    for (int lane = 0; lane < L; ++lane) square[lane] = load_vector(runs[lane] + k);
-    transpose<A>(square);
-#pragma GCC unroll 16
-    for (int pixel = 0; pixel < L; ++pixel) store_vector(tile + (k + pixel) * L, square[pixel]);
-  }
+  for (; k + L <= pixels; k += L) load_square(k);
+  if (k == pixels) return;
+  if (pixels >= L) return load_square(pixels - L);  // overlaps the square before
   for (; k < pixels; ++k)
     for (int lane = 0; lane < L; ++lane) tile[k * L + lane] = load(runs[lane][k]);
 }
@@ -101,16 +98,16 @@ void store_tile(const Image<T>& image, const Lanes& lanes, int64_t count, int64_
     return;
   }
   T* runs = image.data + lanes.first * image.channel_stride() + first;
+  T nowhere[L];  // takes the lanes that are no channel
+  const auto store_square = [&](int64_t k) {
+    transpose_square<A>(
+        [&](int pixel) { return tile + (k + pixel) * L; },
+        [&](int lane) { return lane < count ? runs + lane * image.channel_stride() + k : nowhere; });
+  };
   int64_t k = 0;
-  for (; k + L <= pixels; k += L) {
-    Vector<A> square[L];
-#pragma GCC unroll 16
-    for (int pixel = 0; pixel < L; ++pixel) square[pixel] = load_vector(tile + (k + pixel) * L);
-    transpose<A>(square);
-#pragma GCC unroll 16
-    for (int lane = 0; lane < L; ++lane)
-      if (lane < count) store_vector(runs + lane * image.channel_stride() + k, square[lane]);
-  }
+  for (; k + L <= pixels; k += L) store_square(k);
+  if (k == pixels) return;
+  if (pixels >= L) return store_square(pixels - L);  // overlaps the square before
   for (; k < pixels; ++k)
     for (int lane = 0; lane < count; ++lane)
       store(&runs[lane * image.channel_stride() + k], tile[k * L + lane]);
