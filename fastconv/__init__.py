@@ -1,8 +1,9 @@
 """fastconv: hand-written convolution kernels for PyTorch."""
 
-from . import _library, models, nn
+from . import _library, ceilings, emulator, models, nn
 from .backends import BackendError, available, use_backend
 from .cost import cost
+from .ops.channel_shuffle import channel_shuffle, channel_shuffle_reference
 from .ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from .optimize import OptimizeError, enable, optimize, report, restore
 
@@ -12,6 +13,8 @@ __all__ = [
     "BackendError",
     "OptimizeError",
     "available",
+    "channel_shuffle",
+    "channel_shuffle_reference",
     "cost",
     "depthwise_conv2d",
     "depthwise_conv2d_reference",

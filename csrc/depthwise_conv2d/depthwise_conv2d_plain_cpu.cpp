@@ -1,10 +1,9 @@
-// Depthwise convolution, C++, plain: the formula, one output value at a time.
+// Depthwise convolution, C++, plain: the formula, one value of the result at a time.
 //
 // One step of the outer loop computes one value of the result; it gathers all that the value depends on.
 // Bytes: every input is read kernel_height * kernel_width times from the caches; neighbours share nothing.
-// Limits: no vectors, no reuse in registers, a test for the border at every tap. Read it first; it is what
-// the other
-//   variants are measured against.
+// Limits: no vectors, no reuse in registers, a test for the border at every tap. Read it first: it is what
+//   the other variants are measured against.
 #include "depthwise_conv2d.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {

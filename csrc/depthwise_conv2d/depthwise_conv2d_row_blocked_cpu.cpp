@@ -1,11 +1,9 @@
 // Depthwise convolution, C++, row_blocked: whole rows, so that the compiler can make vectors.
 //
-// The tap loops move outside the loop over a row: one step adds a scaled row of the input to a row of sums,
-//   sums[f] += w * x[f + shift], which has no test inside and is contiguous along the width (contiguous
-//   tensors) or along the channels (channels_last).
-// Bytes: the input once from memory, the row of sums once for each tap from the L1 cache: that traffic is the
-// limit,
-//   two loads and a store for each multiply-add.
+// The tap loops move outside the loop over a row. One step adds a scaled row of the input to a row of sums,
+//   sums[f] += w * x[f + shift], with no test inside: contiguous along the width, or along the channels.
+// Bytes: the input once from memory, the row of sums once for each tap from the L1 cache; that traffic is the
+//   limit, two loads and a store for each multiply-add.
 // Against plain: borders are cut off once a row instead of tested at every tap.
 #include <algorithm>
 #include <vector>

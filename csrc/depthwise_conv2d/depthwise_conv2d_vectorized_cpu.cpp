@@ -1,22 +1,20 @@
 // Depthwise convolution, C++, vectorized: forward and grad_input, a channel in each vector lane.
 //
-// Computes  out[e, f] = act(b + sum_ij in[e*s + i*d - p, f*s + j*d - p] * w[i, j]). One inner step: 8 (or 7)
-// pixels
-//   of one or two rows of the output in registers; each input pixel is loaded once for a row of taps, and
-//   added into every output that it reaches: K + 7 loads for 8 K (two rows: 16 K) multiply-adds.
+// Computes  out[e, f] = act(b + sum_ij in[e*s + i*d - p, f*s + j*d - p] * w[i, j]).
+// One inner step: 8 (or 7) pixels of one or two output rows in registers. Each input pixel is loaded once for
+//   a row of taps and added into every output it reaches: K + 7 loads for 8 K or 16 K multiply-adds.
 // Bytes: input + output once, while a strip of rows stays in the L2 cache.
-// Against row_blocked: sums stay in registers over all taps, so the output is written once, not once a tap.
+// Against row_blocked: sums stay in registers over all taps; the output is written once, not once a tap.
 // grad_input is the same loop over its phases: no product with a zero, no atomics.
-// Limits: images that are not channels_last go through a tile, transposed a few rows at a time in the L1
-// cache.
+// Limits: images that are not channels_last go through a tile, transposed a few rows at a time.
 #include "depthwise_conv2d_vectorized_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
 
 // Adds a row of the input to P outputs, S pixels apart, in each of R output rows: row q meets the J taps at
-// taps[q], one pixel apart. `first` is the column of input[0]; only if Edge may columns lie outside [0,
-// width), as zeros.
+// taps[q], one pixel apart. `first` is the column of input[0]; only if Edge may columns lie outside the row,
+// where they count as zeros.
 template <int J, int S, int P, int R, bool Edge, typename A>
 inline __attribute__((always_inline)) void add_taps(Vector<A> (*sum)[P], const A* input, int64_t pixel_stride,
                                                     const A* const (&taps)[R], int64_t first, int64_t width) {
