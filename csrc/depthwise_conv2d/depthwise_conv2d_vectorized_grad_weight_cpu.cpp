@@ -1,6 +1,7 @@
 // Depthwise convolution, C++, vectorized: grad_weight and grad_bias.
 //
-// Computes  gw[i, j] = sum over n, e, f of gy[n, e, f] * x[n, e*s + i*d - p, f*s + j*d - p], a channel a lane.
+// Computes  gw[i, j] = sum over n, e, f of gy[n, e, f] * x[n, e*s + i*d - p, f*s + j*d - p], a channel
+//   in each lane.
 // One inner step: 8 (or 7) pixels of gy and up to three rows of sums in registers. Each pixel of x is loaded
 //   once and multiplied with every gy that it meets: K + 15 loads for 8 K multiply-adds in a row of taps.
 // Bytes: x + gy once for every block of channels, where they lie (channels_last) or through a tile.
