@@ -1,11 +1,11 @@
 // Depthwise convolution, C++, vectorized: grad_weight and grad_bias.
 //
 // Computes  gw[i, j] = sum over n, e, f of gy[n, e, f] * x[n, e*s + i*d - p, f*s + j*d - p], a channel
-//   in each lane.
+//   in each vector lane.
 // One inner step: 8 (or 7) pixels of gy and up to three rows of sums in registers. Each pixel of x is loaded
 //   once and multiplied with every gy that it meets: K + 15 loads for 8 K multiply-adds in a row of taps.
 // Bytes: x + gy once for every block of channels, where they lie (channels_last) or through a tile.
-// Threads share no sums: an item is a group of channels and a slice of the rows of the batch. The slices' sums
+// Threads share no sums: an item is a group of channels and a slice of the rows of the batch. Their sums
 //   are added in a fixed order, so the result has the same bits for any number of threads.
 // Limits: the number of slices, and with it the order of additions, depends on the shape.
 #include <vector>
