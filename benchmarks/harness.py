@@ -185,7 +185,9 @@ def contenders(
     for backend in wanted:
         sides += [("fastconv", backend, algorithm) for algorithm in choice.algorithms[backend] or (None,)]
     found = [Contender(side, layout, *kernel) for side, *kernel in sides for layout in layouts]
-    if "torch" in peers and "nhwc" in layouts:  # what a user gets who converts the images only
+    has_weights = len(load(op).tensors(load(op).tiny, torch.Generator())) > 1
+    if has_weights and "torch" in peers and "nhwc" in layouts:
+        # What a user gets who converts the images only.
         found.insert(len(layouts), Contender("torch", "nhwc", weight_layout="nchw"))
     return found
 
