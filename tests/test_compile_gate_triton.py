@@ -1,8 +1,8 @@
 """Every Triton kernel compiles ahead of time, without a GPU, and keeps its values in registers.
 
-The launchers run on tensors without storage and each launch is compiled instead, as it would be launched: a
-change of a heuristic shows here too. Registers and shared memory are compared with ``resources/triton.json``.
-After a change that is meant,
+The launches of ``launches_<op>.py`` run on tensors without storage and each is compiled instead, as it would
+be launched: a change of a heuristic shows here too. Registers and shared memory are compared with
+``resources/triton.json``. After a change that is meant,
 
     python tests/test_compile_gate_triton.py --write
 
@@ -11,6 +11,7 @@ writes that file again.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -21,52 +22,12 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 RESOURCES = Path(__file__).parent / "resources" / "triton.json"
 REWRITE = "python tests/test_compile_gate_triton.py --write"
-
-
-class Layer(NamedTuple):
-    """A layer of a real network, a type, and an architecture."""
-
-    shape: tuple[int, int, int, int]
-    kernel: int
-    stride: int = 1
-    channels_last: bool = True
-    dtype: str = "bfloat16"
-    capability: int = 90
-    algorithm: str = "tiled"
-
-    def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "contiguous"
-        kernel = f"{self.kernel}x{self.kernel}" + (f" stride {self.stride}" if self.stride > 1 else "")
-        place = f"{self.shape[1]}@{self.shape[2]}"
-        return f"sm_{self.capability} {self.dtype} {layout} {kernel} on {place}, {self.algorithm}"
-
-
-EARLY, LATE = (64, 96, 56, 56), (64, 768, 7, 7)
-LAYERS = [
-    Layer(EARLY, 7, 1, True, "float32"),  # the slowest to compile come first
-    Layer(EARLY, 7, 1, True),
-    Layer((64, 384, 14, 14), 31),
-    Layer(EARLY, 7, 1, False, "float32"),
-    Layer(EARLY, 7, 1, False),
-    Layer(EARLY, 3, 1, True, "float32"),
-    Layer(EARLY, 3, 1, True),
-    Layer(EARLY, 3, 1, False, "float32"),
-    Layer(EARLY, 3, 1, False),
-    Layer(EARLY, 3, 2, True),
-    Layer(EARLY, 3, 2, False),
-    Layer(LATE, 3, 1, True, "float16"),
-    Layer(EARLY, 3, 1, True, capability=80),
-    Layer(EARLY, 3, 1, False, capability=80),
-    Layer(EARLY, 3, 1, True, algorithm="plain"),
-    Layer(EARLY, 3, 1, False, algorithm="plain"),
-    Layer(EARLY, 3, 1, True, capability=80, algorithm="plain"),
-]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -155,32 +116,27 @@ def resources(cubin: bytes) -> dict[str, int]:
         return parse_resources(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def compile_layer(layer: Layer) -> dict[str, dict[str, int]]:
-    """Every kernel that the layer's forward and backward launch."""
-    import torch
-    from fastconv.kernels import depthwise_conv2d as launchers
+def launches() -> list[tuple[str, int]]:
+    """(module, number) of every launch: ``tests/launches_<op>.py`` lists an operator's."""
+    modules = sorted(path.stem for path in Path(__file__).parent.glob("launches_*.py"))
+    return [(name, i) for name in modules for i in range(len(importlib.import_module(name).LAUNCHES))]
 
+
+def compile_launch(place: tuple[str, int]) -> dict[str, dict[str, int]]:
+    """Every kernel that one launch starts."""
+    module, number = place
+    launch = importlib.import_module(module).LAUNCHES[number]
+    launchers = importlib.import_module(f"fastconv.kernels.{module.removeprefix('launches_')}")
     found: dict[str, dict[str, int]] = {}
     kernels = {name: kernel for name, kernel in vars(launchers).items() if name.endswith("_kernel")}
     try:
         for name, kernel in kernels.items():
-            setattr(launchers, name, Recorder(kernel, layer.capability, found))
-        memory_format = torch.channels_last if layer.channels_last else torch.contiguous_format
-        options = {"dtype": getattr(torch, layer.dtype), "device": "meta"}
-        input = torch.empty(layer.shape, memory_format=memory_format, **options)
-        weight = torch.empty(layer.shape[1], 1, layer.kernel, layer.kernel, **options)
-        bias = torch.empty(layer.shape[1], **options)
-        geometry = (layer.stride,) * 2, ((layer.kernel - 1) // 2,) * 4, (1, 1)
-        output = launchers.depthwise_conv2d_forward_triton(
-            input, weight, bias, *geometry, "gelu", layer.algorithm
-        )
-        launchers.depthwise_conv2d_backward_triton(
-            output, input, weight, *geometry, layer.algorithm, True, True, True
-        )
+            setattr(launchers, name, Recorder(kernel, launch.capability, found))
+        launch.run(launchers)
     finally:
         for name, kernel in kernels.items():
             setattr(launchers, name, kernel)
-    return {f"{name}, {layer}": use for name, use in found.items()}
+    return {f"{name}, {launch}": use for name, use in found.items()}
 
 
 def compile_all() -> dict[str, Any]:
@@ -188,7 +144,7 @@ def compile_all() -> dict[str, Any]:
 
     found: dict[str, dict[str, int]] = {}
     with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), 8)) as pool:
-        for kernels in pool.map(compile_layer, LAYERS):
+        for kernels in pool.map(compile_launch, launches()):
             found.update(kernels)
     return {"triton": triton.__version__, "kernels": dict(sorted(found.items()))}
 
