@@ -122,7 +122,9 @@ def _measured(request, problem: Problem) -> dict:
         selected = [contender for contender in selected if contender.side == "torch"]
         for item in request.session.items:
             entry = item.callspec.params.get("contest") if hasattr(item, "callspec") else None
-            if entry and str(entry.problem) == str(problem) and entry.contender not in selected:
+            if not isinstance(entry, Entry):  # an operator without such layers
+                continue
+            if str(entry.problem) == str(problem) and entry.contender not in selected:
                 selected.append(entry.contender)
         groups[str(problem)] = problem.measure(
             selected,

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from . import report, results
-from .harness import FOLDER
+from .harness import FOLDER, operators
 
 ROOT = FOLDER.parent
 
@@ -50,14 +50,15 @@ class Step:
     needs: str | None = None
 
 
-def steps(out: Path, op: str = "depthwise_conv2d") -> list[Step]:
-    """What ``make gpu`` does, the most important first."""
+def steps(out: Path) -> list[Step]:
+    """What ``make gpu`` does, the most important first; the operators share the benchmarks' time."""
+    ops = operators()
     python = sys.executable
     quiet = {"PYTHONUNBUFFERED": "1", "FASTCONV_TEST_DEVICE": "cuda"}
     install = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
     found = [Step("build", install, 180, "build.log", {"PIP_ROOT_USER_ACTION": "ignore"})]
     found += [Step("doctor", [python, "-m", "fastconv", "doctor"], 30, "build.log", quiet)]
-    found += [_bench(out, op, "bfloat16", 120, quiet)]
+    found += [_bench(out, op, "bfloat16", 120 / len(ops), quiet) for op in ops]
     tests = [python, "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider"]
     found += [Step("tests", tests, 150, "tests.log", quiet)]
     for tool in ("memcheck", "racecheck", "synccheck"):
@@ -66,7 +67,7 @@ def steps(out: Path, op: str = "depthwise_conv2d") -> list[Step]:
         # PyTorch's allocator hands out parts of large blocks, in which no access is out of bounds.
         environment = {**quiet, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         found += [Step(tool, command, 40, "sanitizer.log", environment, needs="compute-sanitizer")]
-    found += [_bench(out, op, "float32", 60, quiet)]
+    found += [_bench(out, op, "float32", 60 / len(ops), quiet) for op in ops]
     return found
 
 
@@ -75,7 +76,7 @@ def _bench(out: Path, op: str, dtype: str, seconds: float, environment: dict[str
     command += ["--shapes", "gpu", "landmarks", "--peers", "torch", "torch.compile", "--seconds", "2"]
     # It stops by itself in time to write what it has.
     command += ["--within", str(int(seconds * 0.8)), "--json", str(out / _result_name(op, dtype))]
-    return Step(f"benchmark {dtype}", command, seconds, "benchmark.log", environment)
+    return Step(f"benchmark {op} {dtype}", command, seconds, "benchmark.log", environment)
 
 
 def _result_name(op: str, dtype: str) -> str:

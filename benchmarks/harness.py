@@ -125,21 +125,22 @@ def layers(op: str, names: Iterable[str] | None = None, batch: int = 4) -> list[
     Args:
         op: the operator's stem.
         names: networks (``"mobilenet_v1"``) or layers (``"landmarks/144@56 k3"``); None: all but ``gpu``.
+            Layers of other operators are left out.
         batch: images, where the shape file does not say.
 
     Raises:
-        ValueError: there is no such network or layer.
+        ValueError: there is no such network, or no operator's layer of that name.
     """
     found = []
     for name in names or [name for name in networks() if name != "gpu"]:
         network, _, wanted = name.partition("/")
         if network not in networks():
             raise ValueError(f"shapes must be among {networks()}, got {network!r}")
-        rows = json.loads((FOLDER / f"shapes/{network}.json").read_text()).get(op, [])
-        chosen = [row for row in rows if wanted in ("", row["name"])]
-        if wanted and not chosen:
-            raise ValueError(f"{network} has {[row['name'] for row in rows]} for {op}, got {wanted!r}")
-        found += [_layer(network, batch, **row) for row in chosen]
+        file = json.loads((FOLDER / f"shapes/{network}.json").read_text())
+        known = {other: [row["name"] for row in file.get(other, [])] for other in operators()}
+        if wanted and not any(wanted in names for names in known.values()):
+            raise ValueError(f"{network} has {known[op]} for {op}, got {wanted!r}")
+        found += [_layer(network, batch, **row) for row in file.get(op, []) if wanted in ("", row["name"])]
     return found
 
 

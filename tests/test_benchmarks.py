@@ -210,6 +210,7 @@ def test_names_that_are_not_there():
         harness.layers("depthwise_conv2d", ["nothing"])
     with pytest.raises(ValueError, match="landmarks has .*got '1@1'"):
         harness.layers("depthwise_conv2d", ["landmarks/1@1"])
+    assert harness.layers("depthwise_conv2d", ["landmarks/240@28 g3"]) == []  # another operator's
     with pytest.raises(ValueError, match="backends must be among .* got 'cuda': it needs CUDA tensors"):
         harness.contenders("depthwise_conv2d", backends_wanted=["cuda"])
     with pytest.raises(ValueError, match="direction must be one of"):
@@ -401,8 +402,7 @@ def test_bench_command(made_up_limits, tmp_path, capsys):
     path = tmp_path / "x.json"
     layer = ("--shapes", "landmarks/768@7 k7", "--passes", "forward", "--quick")
     assert call(bench_command, "depthwise_conv2d", *layer, *SMALL, "--json", str(path)) == 0
-    saved = results.read(path)
-    assert [group["layer"] for group in saved["groups"]] == ["768@7 k7"]
+    assert [group["layer"] for group in results.read(path)["groups"]] == ["768@7 k7"]
     assert "fastconv nhwc" in capsys.readouterr().out
     with pytest.raises(UserError, match="op must be one of"):
         call(bench_command, "nothing", *SMALL)
@@ -410,8 +410,9 @@ def test_bench_command(made_up_limits, tmp_path, capsys):
 
 def test_ladder_command(made_up_limits, capsys):
     assert call(ladder_command, "depthwise_conv2d", "--layer", "landmarks/768@7 k7", *SMALL) == 0
-    out = capsys.readouterr().out
-    assert "reference" in out and "torch" in out
+    assert {"reference", "torch"} <= set(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="--layer must be one of depthwise_conv2d, got"):
+        call(ladder_command, "depthwise_conv2d", "--layer", "landmarks/240@28 g3", *SMALL)
 
 
 def test_pytest_suite(tmp_path):
@@ -483,15 +484,14 @@ def test_gpu_report(result, tmp_path):
 
 def test_gpu_steps_fit_their_time(tmp_path):
     todo = gpu.steps(tmp_path)
-    assert {"build", "tests", "memcheck", "benchmark bfloat16"} <= {step.name for step in todo}
+    benchmarks = {f"benchmark {op} {dtype}" for op in OPERATORS for dtype in ("bfloat16", "float32")}
+    assert {"build", "tests", "memcheck", *benchmarks} <= {step.name for step in todo}
     assert all(step.seconds <= 180 for step in todo)
     for step_ in todo:
-        if step_.name.startswith("benchmark"):  # the arguments are ones that the command knows
-            parser = argparse.ArgumentParser()
-            bench_command.configure(parser)
+        if step_.name in benchmarks:  # the arguments are ones that the command knows
+            bench_command.configure(parser := argparse.ArgumentParser())
             args = parser.parse_args(step_.command[4:])
-            assert args.within < step_.seconds
-            harness.layers(args.op, args.shapes)
+            assert args.within < step_.seconds and harness.layers(args.op, args.shapes)
 
 
 def test_sanitize_runs_every_shape(capsys):

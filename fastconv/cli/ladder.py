@@ -36,13 +36,15 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     try:
         benchmark = harness.load(args.op)
-        layer = harness.layers(args.op, [args.layer or benchmark.ladder], args.batch)[0]
+        layers = harness.layers(args.op, [args.layer or benchmark.ladder], args.batch)
+        if not layers:
+            raise ValueError(f"--layer must be one of {args.op}, got {args.layer!r}")
     except ValueError as error:
         raise UserError(str(error)) from None
     warn_if_busy(console, torch.get_num_threads())
     dtype = getattr(torch, args.dtype)
     steps = climb(harness, args.op, args.device, args.layout)
-    problem = harness.Problem(benchmark, layer, args.direction, dtype, args.device)
+    problem = harness.Problem(benchmark, layers[0], args.direction, dtype, args.device)
     with console.status(f"{problem}, {len(steps)} steps"):
         limits = ceilings.measure(args.device)
         group = problem.measure(steps, rounds=args.rounds, seconds=args.seconds, ceilings=limits)
