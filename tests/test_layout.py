@@ -32,6 +32,7 @@ def test_an_operator_has_its_files(op):
         f"kernels/{op}.py",
         f"fastconv/ops/{op}.py",
         f"tests/test_{op}.py",
+        f"tests/launches_{op}.py",
         f"benchmarks/bench_{op}.py",
         f"docs/{op}.md",
     ):
