@@ -178,7 +178,6 @@ void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* 
       s.in_height, (part_rows - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1);
   const bool by_seven = s.out_width % 8 != 0 && s.out_width % 7 == 0;
   const auto kernel = by_seven ? choose_filter_row_kernel<7, A>(s) : choose_filter_row_kernel<8, A>(s);
-  const int64_t columns_at_once = in_place ? (by_seven ? 28 : 32) : s.out_width;
 
   Scratch<A> partial(slices * blocks * sums_of_block);  // (slices, blocks, taps + 1, L)
   parallel_for(threads, groups * slices, [&](int64_t begin, int64_t end) {
@@ -209,34 +208,31 @@ void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* 
           xs[b] = read_block<T, A>(x, Lanes{start, 1, multiplier, 0}, count, low, high, in_tile.data());
           gys[b] = read_block<T, A>(gy, Lanes{start}, count, e_begin, e_end, grad_tile.data());
         }
-        for (int64_t e = e_begin; e < e_end; ++e)
-          for (int64_t column = 0; column < s.out_width; column += columns_at_once) {
-            const int64_t column_end = std::min(column + columns_at_once, s.out_width);
-            for (int64_t b = 0; b < count_blocks; ++b) {
-              A* sums_here = sums + b * sums_of_block;
-              const int64_t top = e * s.stride_height - s.padding_top, dilation = s.dilation_height;
-              const int64_t i =
-                  top < 0 ? ceil_div(-top, dilation) : 0;  // the first row of taps inside the image
-              const int64_t i_end =
-                  top < s.in_height ? std::min(s.kernel_height, ceil_div(s.in_height - top, dilation)) : 0;
-              const Rows<A> pair{gys[b].data + e * gys[b].row_stride,
-                                 xs[b].data + (top + i * dilation) * xs[b].row_stride,
-                                 gys[b].pixel_stride,
-                                 xs[b].pixel_stride,
-                                 dilation * xs[b].row_stride,
-                                 s.in_width,
-                                 s.stride_width,
-                                 s.dilation_width,
-                                 s.padding_left};
-              kernel(sums_here + i * s.kernel_width * L, pair, i_end - i, s.kernel_width, column, column_end);
-              if (grad_bias) {
-                Vector<A> sum = load_vector(sums_here + taps * L);
-                for (int64_t f = column; f < column_end; ++f)
-                  sum += load_vector(pair.grad + f * pair.grad_pixel_stride);
-                store_vector(sums_here + taps * L, sum);
-              }
+        for (int64_t e = e_begin; e < e_end; ++e) {
+          for (int64_t b = 0; b < count_blocks; ++b) {
+            A* sums_here = sums + b * sums_of_block;
+            const int64_t top = e * s.stride_height - s.padding_top, dilation = s.dilation_height;
+            const int64_t i = top < 0 ? ceil_div(-top, dilation) : 0;  // the first tap inside the image
+            const int64_t i_end =
+                top < s.in_height ? std::min(s.kernel_height, ceil_div(s.in_height - top, dilation)) : 0;
+            const Rows<A> pair{gys[b].data + e * gys[b].row_stride,
+                               xs[b].data + (top + i * dilation) * xs[b].row_stride,
+                               gys[b].pixel_stride,
+                               xs[b].pixel_stride,
+                               dilation * xs[b].row_stride,
+                               s.in_width,
+                               s.stride_width,
+                               s.dilation_width,
+                               s.padding_left};
+            kernel(sums_here + i * s.kernel_width * L, pair, i_end - i, s.kernel_width, 0, s.out_width);
+            if (grad_bias) {
+              Vector<A> sum = load_vector(sums_here + taps * L);
+              for (int64_t f = 0; f < s.out_width; ++f)
+                sum += load_vector(pair.grad + f * pair.grad_pixel_stride);
+              store_vector(sums_here + taps * L, sum);
             }
           }
+        }
       }
     }
   });
