@@ -305,7 +305,7 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
   const Image<T> out{nullptr, out_channels, g.out_height, g.out_width, channels_last};
   const bool in_place =
       std::is_same_v<T, A> && channels_last && out_channels >= L && in_lanes(0, 0).is_identity();
-  const int64_t blocks = (out_channels + L - 1) / L;
+  const int64_t blocks = ceil_div(out_channels, L);
 
   // Strips of rows: as many as the L2 cache holds, but enough strips for every thread.
   const int64_t channels_at_once = in_place ? out_channels : L;
@@ -316,8 +316,8 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
   const int64_t parallel_items = batch * (in_place ? 1 : blocks);
   if (parallel_items < 64)
     strip_rows = std::min(strip_rows, std::max<int64_t>(g.out_height * parallel_items / 64, 4));
-  strip_rows = std::min((strip_rows + row_step - 1) / row_step * row_step, g.out_height);
-  const int64_t strips = (g.out_height + strip_rows - 1) / strip_rows;
+  strip_rows = std::min(ceil_div(strip_rows, row_step) * row_step, g.out_height);
+  const int64_t strips = ceil_div(g.out_height, strip_rows);
 
   // A tile is loaded, computed and stored a few rows at a time, while they are in the L1 cache.
   const int64_t few = (16 << 10) / (g.out_width * L * int64_t(sizeof(A))) / (2 * row_step) * (2 * row_step);
@@ -327,9 +327,8 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
   const int64_t packed = int64_t(g.taps.size()) * L;  // values of one block
   const int64_t group =
       in_place ? std::clamp<int64_t>((192 << 10) / (packed * int64_t(sizeof(A))), 1, blocks) : 1;
-  const int64_t groups = (blocks + group - 1) / group;
-  const int64_t columns =
-      (g.out_width + g.phases[0].column_step - 1) / g.phases[0].column_step;  // of phase 0, the most
+  const int64_t groups = ceil_div(blocks, group);
+  const int64_t columns = phase_columns(g, g.phases[0]);  // no phase has more
   const bool by_seven = columns % 8 != 0 && columns % 7 == 0;
   // In place, all blocks take turns on a few columns, so that memory is read in the order in which it lies.
   const int64_t columns_at_once = in_place ? (by_seven ? 14 : 16) : columns;

@@ -160,17 +160,17 @@ void depthwise_conv2d_vectorized_grad_weight_cpu(const T* grad_output, const T* 
                 sums_of_block = (taps + 1) * L;  // the last is the bias
   const int64_t multiplier = s.multiplier();
   const bool in_place = std::is_same_v<T, A> && s.channels_last && s.out_channels >= L && multiplier == 1;
-  const int64_t blocks = (s.out_channels + L - 1) / L;
+  const int64_t blocks = ceil_div(s.out_channels, L);
 
   // An item is a group of blocks and a slice of the rows of the whole batch: enough items for many threads,
   // slices few enough that their sums stay small. Through a tile, a group is one block.
   const int64_t block_bytes = sums_of_block * int64_t(sizeof(A));
   const int64_t group = in_place ? std::clamp<int64_t>((192 << 10) / block_bytes, 1, blocks) : 1;
-  const int64_t groups = (blocks + group - 1) / group;
+  const int64_t groups = ceil_div(blocks, group);
   const int64_t rows = s.batch * s.out_height;
   const int64_t most = std::max<int64_t>((1 << 20) / (blocks * block_bytes), 1);
   const int64_t slices = std::clamp<int64_t>(64 / groups, 1, std::min(most, std::max<int64_t>(rows / 4, 1)));
-  const int64_t slice_rows = (rows + slices - 1) / slices;
+  const int64_t slice_rows = ceil_div(rows, slices);
   // A tile holds a part of a slice: rows of one image that fit the cache.
   const int64_t row_bytes = int64_t(sizeof(A)) * L * (s.out_width + s.in_width * s.stride_height);
   const int64_t part_rows = std::clamp<int64_t>((384 << 10) / row_bytes, 1, s.out_height);
