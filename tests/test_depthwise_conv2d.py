@@ -250,6 +250,23 @@ def test_geometry(case, run):
     check(run, case, cached_problem(case, torch.float64))
 
 
+@for_runs([run for run in runs(OP) if not run.stands_in], case=(GEOMETRY, []))
+def test_geometry_of_blocks_of_channels(case, run):
+    """As many channels as vectors have lanes, and two more: read where they lie."""
+    batch, channels, *size = case.input
+    case = case._replace(input=(batch, 18 if channels else 0, *size))
+    check(run, case, cached_problem(case, torch.float32, "channels_last", grad_output="channels_last"))
+
+
+# A grad_input, and an output, too large for the caches.
+HUGE = [Case((1, 32, 366, 363), stride=2, padding=1), Case((1, 32, 363, 366), padding=1, bias=False)]
+
+
+@for_runs([run for run in runs(OP) if not run.stands_in], case=(HUGE, []))
+def test_beyond_the_caches(case, run):
+    check(run, case, cached_problem(case, torch.float32, "channels_last", grad_output="channels_last"))
+
+
 @for_runs(runs(OP), case=(EDGES, FEW_EDGES))
 def test_edges_of_tiles(case, run):
     check(run, case, cached_problem(case, torch.float32))
@@ -424,8 +441,11 @@ def cases(draw, largest: int) -> Case:
         draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), d * (k - 1) + largest))
         for k, d, p in zip(kernel, dilation, padding)
     ]
+    channels = st.integers(0, largest)
+    if largest > 16:  # and whole blocks of channels, read where they lie
+        channels |= st.sampled_from([16, 24, 32, 40])
     return Case(
-        (draw(st.integers(0, 3)), draw(st.integers(0, largest)), *size),
+        (draw(st.integers(0, 3)), draw(channels), *size),
         kernel,
         stride=draw(pairs(st.integers(1, 4), st.integers(1, 4))),
         padding=draw(st.sampled_from([padding, padding[0]])) if padding[0] >= padding[1] else padding,
@@ -440,9 +460,12 @@ def cases(draw, largest: int) -> Case:
 def test_any_shape(run):
     @hypothesis.settings(max_examples=6 if run.slow else 20 if run.stands_in else 60)
     @hypothesis.given(
-        cases(3 if run.slow else 20), st.sampled_from(list(LAYOUTS)), st.sampled_from(list(LAYOUTS))
+        cases(3 if run.slow else 20),
+        st.sampled_from([torch.float64, torch.float32]),
+        st.sampled_from(list(LAYOUTS)),
+        st.sampled_from(list(LAYOUTS)),
     )
-    def property(case, layout, grad_layout):
-        check(run, case, problem(case, torch.float64, layout, grad_output=grad_layout))
+    def property(case, dtype, layout, grad_layout):
+        check(run, case, problem(case, dtype, layout, grad_output=grad_layout))
 
     property()

@@ -107,6 +107,25 @@ inline void prefetch_for_write(const void* address) {
 #endif
 }
 
+// Stores past the caches, at an aligned address: for results too large to be still there when they are read.
+// stream_fence() ends a thread's streaming.
+inline void stream_vector(float* target, Vector<float> value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(target, (__m512)value);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(target, (__m256)value);
+#else
+  store_vector(target, value);
+#endif
+}
+inline void stream_vector(double* target, Vector<double> value) { store_vector(target, value); }
+
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // Makes the compiler load a value once and keep it, where it would fold the load into every use.
 template <typename V>
 inline __attribute__((always_inline)) void keep_in_register(V& value) {

@@ -48,30 +48,34 @@ inline __attribute__((always_inline)) void add_taps(Vector<A> (*sum)[P], const A
 template <typename A>
 struct RowView {
   const A* input;                                // the first tap's row, column 0 of the image
-  const A* taps;                                 // (taps_high, taps_wide, L)
+  const A* taps;                                 // (blocks, ..., taps_high, taps_wide, L)
   A* output;                                     // the phase's column 0
-  const A* bias;                                 // (L), or null
+  const A* bias;                                 // (blocks, L), or null
+  int64_t taps_stride, last_lane;                // as in Strip
   int64_t input_row_stride, input_pixel_stride;  // input_row_stride: between two taps
   int64_t output_row_stride, output_pixel_stride;
   int64_t begin, end;  // taps (R = 2: input rows) that lie inside the image
   int64_t taps_high, taps_wide, stride, dilation, left, in_width;
-  bool accumulate;
+  bool accumulate, streams;
   Activation activation;
 };
 
-// P outputs from `column`, in R rows. K: taps in a row if known at compile time, else 0; S: their stride if
-// it is 1 or 2 and taps are one pixel apart, else 0. Two rows share the input rows between them.
+// P outputs from `column`, in R rows, of one block of channels. K: taps in a row if known at compile time,
+// else 0; S: their stride if it is 1 or 2 and taps are one pixel apart, else 0. Two rows share the input rows
+// between them.
 template <int K, int S, int P, int R, bool Edge, typename A>
-inline __attribute__((always_inline)) void compute_outputs(const RowView<A>& row, int64_t column) {
+inline __attribute__((always_inline)) void compute_outputs(const RowView<A>& row, int64_t column,
+                                                           int64_t block) {
   static_assert(R == 1 || K > 0);
   constexpr int L = lanes_of<A>;
+  const int64_t lane = std::min(block * L, row.last_lane);
   const int64_t pixel_stride = row.input_pixel_stride, tap_row = row.taps_wide * L;
   const int64_t first = column * row.stride - row.left;
-  const A* input = row.input + first * pixel_stride + row.begin * row.input_row_stride;
-  const A* taps = row.taps + row.begin * tap_row;
+  const A* input = row.input + lane + first * pixel_stride + row.begin * row.input_row_stride;
+  const A* taps = row.taps + block * row.taps_stride + row.begin * tap_row;
 
   Vector<A> sum[R][P];
-  const Vector<A> start = row.bias ? load_vector(row.bias) : Vector<A>{};
+  const Vector<A> start = row.bias ? load_vector(row.bias + block * L) : Vector<A>{};
 #pragma GCC unroll 2
   for (int q = 0; q < R; ++q)
 #pragma GCC unroll 8
@@ -120,35 +124,56 @@ inline __attribute__((always_inline)) void compute_outputs(const RowView<A>& row
     }
   }
 
-  A* output = row.output + column * row.output_pixel_stride;
-  if (!row.accumulate && row.activation == Activation::none) {
+  A* output = row.output + lane + column * row.output_pixel_stride;
+  const auto store_all = [&](const auto& store_one) {
 #pragma GCC unroll 2
     for (int q = 0; q < R; ++q)
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p)
-        store_vector(output + q * row.output_row_stride + p * row.output_pixel_stride, sum[q][p]);
-    return;
+        store_one(output + q * row.output_row_stride + p * row.output_pixel_stride, sum[q][p]);
+  };
+  if (!row.accumulate && row.activation == Activation::none) {
+    if (row.streams) return store_all([](A* target, Vector<A> value) { stream_vector(target, value); });
+    return store_all([](A* target, Vector<A> value) { store_vector(target, value); });
   }
+  Vector<A> total[R][P];  // a copy: an array that a loop runs over lies in memory
+#pragma GCC unroll 2
+  for (int q = 0; q < R; ++q)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) total[q][p] = sum[q][p];
   for (int q = 0; q < R; ++q)
     for (int p = 0; p < P; ++p) {
       A* target = output + q * row.output_row_stride + p * row.output_pixel_stride;
-      const Vector<A> total = row.accumulate ? sum[q][p] + load_vector(target) : sum[q][p];
-      store_vector(target, activate_vector<A>(total, row.activation));
+      if (row.accumulate) total[q][p] += load_vector(target);
+      store_vector(target, activate_vector<A>(total[q][p], row.activation));
     }
 }
 
-// One convolution of a block of channels over output rows [row_begin, row_end) of a phase.
+// Some blocks of channels of an image, and what is computed from them: a phase, or a term of its sum.
 template <typename A>
 struct Strip {
-  Block<const A> input;
+  Block<const A> input;  // of the first block of channels
   Block<A> output;
+  int64_t blocks, last_lane;  // the last block starts at channel last_lane, which may overlap the one before
   const Geometry* geometry;
   const Phase* phase;
-  const A* taps;    // (taps_high, taps_wide, L)
-  const A* bias;    // (L), or null
-  bool accumulate;  // add to what the output holds, instead of starting from the bias
+  const A* taps;        // (blocks, ..., taps_high, taps_wide, L)
+  int64_t taps_stride;  // between two blocks
+  const A* bias;        // (blocks, L), or null
+  bool accumulate;      // add to what the output holds, instead of starting from the bias
+  bool streams;         // store past the caches
   Activation activation;
+  Prefetch* next;  // memory to ask for meanwhile, or null
 };
+
+// P outputs from `column`, in R rows, of every block of channels.
+template <int K, int S, int P, int R, bool Edge, typename A>
+void compute_blocks(const Strip<A>& strip, const RowView<A>& row, int64_t column) {
+  for (int64_t block = 0; block < strip.blocks; ++block) {
+    if (strip.next) strip.next->ask();
+    compute_outputs<K, S, P, R, Edge, A>(row, column, block);
+  }
+}
 
 // Columns [column, column_end) of R rows from `row` of the phase.
 template <int K, int S, int P, int R, typename A>
@@ -162,13 +187,15 @@ void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t
   view.output = strip.output.data + (phase.first_row + row * phase.row_step) * strip.output.row_stride +
                 phase.first_column * strip.output.pixel_stride;
   view.bias = strip.bias;
+  view.taps_stride = strip.taps_stride;
+  view.last_lane = strip.last_lane;
   view.input_row_stride = dilation * strip.input.row_stride;
   view.input_pixel_stride = strip.input.pixel_stride;
   view.output_row_stride = phase.row_step * strip.output.row_stride;
   view.output_pixel_stride = phase.column_step * strip.output.pixel_stride;
   view.taps_high = phase.taps_high;
   view.taps_wide = phase.taps_wide;
-  view.begin = std::min(top < 0 ? ceil_div(-top, dilation) : 0, phase.taps_high);
+  view.begin = top < 0 ? ceil_div(-top, dilation) : 0;  // past `end` if all taps are above the image
   view.end = 0;
   if (phase.taps_high > 0 && top < g.in_height)
     view.end = std::min(phase.taps_high + R - 1, ceil_div(g.in_height - top, dilation));
@@ -177,6 +204,7 @@ void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t
   view.left = phase.left;
   view.in_width = g.in_width;
   view.accumulate = strip.accumulate;
+  view.streams = strip.streams;
   view.activation = strip.activation;
 
   // Outputs [inner_begin, inner_end) read inside the row only.
@@ -187,17 +215,17 @@ void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t
   const int64_t inner_end = last < 0 ? 0 : last / stride + 1;
   for (; column + P <= column_end; column += P) {
     if (column >= inner_begin && column + P <= inner_end)
-      compute_outputs<K, S, P, R, false, A>(view, column);
+      compute_blocks<K, S, P, R, false, A>(strip, view, column);
     else
-      compute_outputs<K, S, P, R, true, A>(view, column);
+      compute_blocks<K, S, P, R, true, A>(strip, view, column);
   }
   if (column == column_end) return;
-  if (column_end >= P && !strip.accumulate) {  // the last block overlaps the one before
-    compute_outputs<K, S, P, R, true, A>(view, column_end - P);
+  if (column_end >= P && !strip.accumulate) {  // the last tile overlaps the one before
+    compute_blocks<K, S, P, R, true, A>(strip, view, column_end - P);
     return;
   }
   if constexpr (R == 1) {
-    for (; column < column_end; ++column) compute_outputs<0, S, 1, 1, true, A>(view, column);
+    for (; column < column_end; ++column) compute_blocks<0, S, 1, 1, true, A>(strip, view, column);
   } else {
     for (int q = 0; q < R; ++q) compute_columns<K, S, P, 1, A>(strip, row + q, column, column_end);
   }
@@ -265,31 +293,18 @@ std::pair<int64_t, int64_t> input_rows(const Geometry& g, int64_t begin, int64_t
   return {std::clamp<int64_t>(low, 0, g.in_height), std::clamp<int64_t>(high, 0, g.in_height)};
 }
 
-// Calls visit(address) for each cache line of columns [begin, end) of rows [top, bottom) of a channels_last
-// image.
-template <typename T, typename Visit>
-void for_lines(const Image<T>& image, int64_t top, int64_t bottom, int64_t begin, int64_t end,
-               const Visit& visit) {
-  constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t row = std::max<int64_t>(top, 0); row < std::min(bottom, image.height); ++row) {
-    const T* pixels = image.data + row * image.row_stride();
-    for (int64_t k = begin * image.channels; k < std::min(end, image.width) * image.channels; k += line)
-      visit(pixels + k);
-  }
-}
-
-// Asks for the outputs of two rows of every phase, and for the pixels that the next two rows read first:
-// blocks of channels jump from pixel to pixel, which the processor's own prefetchers do not follow.
+// Adds the pixels that columns [begin, end) of two rows of every phase are the first to read, and these
+// outputs if they are to be in the cache.
 template <typename T>
-void prefetch_rows(const Geometry& g, const Image<const T>& input, const Image<T>& output, int64_t row,
-                   int64_t column, int64_t column_end) {
+void add_columns(Prefetch& next, const Geometry& g, const Image<const T>& input, const Image<T>* output,
+                 int64_t row, int64_t begin, int64_t end) {
   const Phase& phase = g.phases[0];
-  for_lines(output, row * phase.row_step, (row + 2) * phase.row_step, column * phase.column_step,
-            column_end * phase.column_step, [](const T* line) { prefetch_for_write(line); });
-  const int64_t next =
-      (row + 1) * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top + 1;
-  for_lines(input, next, next + 2 * g.stride_height, column * g.stride_width, column_end * g.stride_width,
-            [](const T* line) { __builtin_prefetch(line, 0, 2); });
+  const int64_t reach = (phase.taps_high - 1) * phase.dilation_height - phase.top;
+  const int64_t top = (row - 1) * g.stride_height + 1 + reach;
+  next.add_pixels(input, top, top + 2 * g.stride_height, begin * g.stride_width, end * g.stride_width);
+  if (output)
+    next.add_pixels(*output, row * phase.row_step, (row + 2) * phase.row_step, begin * phase.column_step,
+                    end * phase.column_step);
 }
 
 // The convolution that both passes are. `in_lanes(first, m)`: the input channels of output channels first,
@@ -324,18 +339,27 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
   const int64_t part_rows = in_place ? strip_rows : std::min(std::max(few, 2 * row_step), strip_rows);
 
   // In place, an item is a strip of a group of blocks whose packed taps fit the cache; else of one block.
-  const int64_t packed = int64_t(g.taps.size()) * L;  // values of one block
+  // Values of one block; none where padding and stride keep every tap from the image.
+  const int64_t packed = int64_t(g.taps.size()) * L;
   const int64_t group =
-      in_place ? std::clamp<int64_t>((192 << 10) / (packed * int64_t(sizeof(A))), 1, blocks) : 1;
+      in_place ? std::clamp<int64_t>((192 << 10) / (std::max(packed, L) * int64_t(sizeof(A))), 1, blocks) : 1;
   const int64_t groups = ceil_div(blocks, group);
   const int64_t columns = phase_columns(g, g.phases[0]);  // no phase has more
   const bool by_seven = columns % 8 != 0 && columns % 7 == 0;
-  // In place, all blocks take turns on a few columns, so that memory is read in the order in which it lies.
-  const int64_t columns_at_once = in_place ? (by_seven ? 14 : 16) : columns;
+  // In place, all blocks take turns on a few columns, so that memory is read in the order in which it lies;
+  // meanwhile the next few are asked for.
+  const int64_t columns_at_once = in_place ? (by_seven ? 7 : 8) * ceil_div(4, group) : columns;
   std::vector<ColumnsKernel<A>> kernels;
   for (const Phase& phase : g.phases)
     kernels.push_back(by_seven ? choose_columns_kernel<7, A>(g, phase)
                                : choose_columns_kernel<8, A>(g, phase));
+  const bool prefetched = in_place && group == blocks;  // else a pixel's channels do not follow each other
+  const int64_t asks = group * ceil_div(4, group) * (kernels[0].two_rows ? 1 : 2);
+  // An output that fills a large share of the L3 cache would not be there when it is read next, and reading
+  // its lines before they are written would only cost time.
+  const int64_t output_bytes = batch * out_channels * g.out_height * g.out_width * int64_t(sizeof(A));
+  const bool streams = in_place && output_bytes > (16 << 20) && out_channels % L == 0 &&
+                       reinterpret_cast<uintptr_t>(output) % vector_bytes == 0;
   int64_t tile_rows = 0;
   for (int64_t strip = 0; strip < strips; ++strip) {
     const auto [low, high] =
@@ -347,7 +371,7 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
     Scratch<A> taps(group * terms * packed), biases(group * L);
     Scratch<A> in_tile(in_place ? 0 : tile_rows * g.in_width * L);
     Scratch<A> out_tile(in_place ? 0 : part_rows * g.out_width * L);
-    std::vector<Strip<A>> parts(group);
+    Prefetch next;
     int64_t packed_group = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t strip = item % strips, image = item / strips % batch, group_index = item / strips / batch;
@@ -388,37 +412,43 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
                         in_tile.data() + (from - low) * g.in_width * L);
             loaded = std::max(loaded, last);
           }
-          for (int64_t block = 0; block < last_block - first_block; ++block) {
-            Strip<A>& part = parts[block];
-            part.geometry = &g;
-            part.accumulate = m > 0;
-            part.bias = bias ? biases.data() + block * L : nullptr;
-            part.activation = m == terms - 1 ? activation : Activation::none;
-            part.input = {in_tile.data() - low * g.in_width * L, g.in_width * L, L};
-            part.output = {out_tile.data() - top * g.out_width * L, g.out_width * L, L};
-            if constexpr (std::is_same_v<T, A>)
-              if (in_place) {
-                const int64_t start = block_start(first_block + block, out_channels, L);
-                part.input = {source.data + start, source.row_stride(), source.pixel_stride()};
-                part.output = {target.data + start, target.row_stride(), target.pixel_stride()};
-              }
-          }
+          Strip<A> part{};
+          part.input = {in_tile.data() - low * g.in_width * L, g.in_width * L, L};
+          part.output = {out_tile.data() - top * g.out_width * L, g.out_width * L, L};
+          if constexpr (std::is_same_v<T, A>)
+            if (in_place) {
+              part.input = {source.data + first_block * L, source.row_stride(), source.pixel_stride()};
+              part.output = {target.data + first_block * L, target.row_stride(), target.pixel_stride()};
+            }
+          part.blocks = last_block - first_block;
+          part.last_lane = in_place ? block_start(last_block - 1, out_channels, L) - first_block * L : 0;
+          part.geometry = &g;
+          part.taps_stride = terms * packed;
+          part.accumulate = m > 0;
+          part.streams = streams;
+          part.bias = bias ? biases.data() : nullptr;
+          part.activation = m == terms - 1 ? activation : Activation::none;
+          part.next = prefetched ? &next : nullptr;
           for (int64_t row = top / row_step; row * row_step < bottom; row += 2)
             for (int64_t column = 0; column < columns; column += columns_at_once) {
-              if (in_place) prefetch_rows(g, source, target, row, column, column + columns_at_once);
+              if (prefetched) {
+                const bool row_ends = column + columns_at_once >= columns;
+                const int64_t begin = row_ends ? 0 : column + columns_at_once;
+                next.clear(asks);
+                add_columns(next, g, source, streams ? nullptr : &target, row_ends ? row + 2 : row, begin,
+                            begin + columns_at_once);
+              }
               for (size_t k = 0; k < g.phases.size(); ++k) {
                 const Phase& phase = g.phases[k];
                 const int64_t column_end = std::min(column + columns_at_once, phase_columns(g, phase));
                 const int64_t rows_left = (bottom - phase.first_row + row_step - 1) / row_step - row;
-                for (int64_t block = 0; block < last_block - first_block; ++block) {
-                  parts[block].phase = &phase;
-                  parts[block].taps = taps.data() + (block * terms + m) * packed + phase.weight_offset * L;
-                  if (rows_left >= 2 && kernels[k].two_rows) {
-                    kernels[k].two_rows(parts[block], row, column, column_end);
-                  } else {
-                    for (int64_t q = 0; q < std::min<int64_t>(rows_left, 2); ++q)
-                      kernels[k].one_row(parts[block], row + q, column, column_end);
-                  }
+                part.phase = &phase;
+                part.taps = taps.data() + m * packed + phase.weight_offset * L;
+                if (rows_left >= 2 && kernels[k].two_rows) {
+                  kernels[k].two_rows(part, row, column, column_end);
+                } else {
+                  for (int64_t q = 0; q < std::min<int64_t>(rows_left, 2); ++q)
+                    kernels[k].one_row(part, row + q, column, column_end);
                 }
               }
             }
@@ -429,6 +459,7 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
         }
       }
     }
+    if (streams) stream_fence();
   });
 }
 

@@ -39,6 +39,63 @@ struct Block {
   int64_t row_stride, pixel_stride;
 };
 
+// Rows of channels_last pixels that will be needed next, asked for a few lines at a time between
+// computations: blocks of channels jump from pixel to pixel, which hardware prefetchers do not follow.
+class Prefetch {
+ public:
+  void clear(int64_t parts) {
+    parts_ = parts, part_ = 0, size_ = 0;
+  }  // starts again; `parts` asks are to come
+
+  // Columns [begin, end) of rows [top, bottom), all channels.
+  template <typename T>
+  void add_pixels(const Image<T>& image, int64_t top, int64_t bottom, int64_t begin, int64_t end) {
+    end = std::min(end, image.width);
+    for (int64_t row = std::max<int64_t>(top, 0); row < std::min(bottom, image.height); ++row) {
+      T* pixels = image.data + row * image.row_stride();
+      add(pixels + begin * image.channels, pixels + end * image.channels);
+    }
+  }
+
+  // Asks for the next part of every run.
+  void ask() {
+    if (part_ == parts_) return;
+    ++part_;
+    for (int k = 0; k < size_; ++k) {
+      Run& run = runs_[k];
+      const char* end = std::min(run.begin + run.part, run.end);
+      for (; run.begin < end; run.begin += line) {
+        if (run.write)
+          prefetch_for_write(run.begin);
+        else
+          __builtin_prefetch(run.begin, 0, 2);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t line = 64;
+  static constexpr int most = 8;
+  struct Run {
+    const char *begin, *end;
+    int64_t part;
+    bool write;
+  };
+
+  template <typename T>
+  void add(T* begin, T* end) {
+    const int64_t bytes = int64_t(end - begin) * int64_t(sizeof(T));
+    if (bytes <= 0 || size_ == most) return;
+    const auto* from = reinterpret_cast<const char*>(begin);
+    const bool write = !std::is_const_v<T>;
+    runs_[size_++] = {from, from + bytes, ceil_div(ceil_div(bytes, parts_), line) * line, write};
+  }
+
+  Run runs_[most];
+  int64_t parts_ = 0, part_ = 0;
+  int size_ = 0;
+};
+
 template <typename T, typename A>
 bool readable_in_place(const Image<T>& image, const Lanes& lanes) {
   return std::is_same_v<std::remove_const_t<T>, A> && image.channels_last && lanes.is_identity() &&
