@@ -25,7 +25,9 @@ CPU_CAPABILITIES = {  # compiler flags of each instruction set
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512",
 }
 WARNINGS = "-Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas -Wno-psabi"
-COMMON = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno {WARNINGS}"
+WARNINGS += " -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC's own AVX-512 headers set them off
+COMMON = f"-std=c++20 -O3 -falign-loops=64 -fPIC -fvisibility=hidden {WARNINGS}"
+COMMON += " -ffp-contract=fast -fno-math-errno"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the library runs on every torch since 2.11
 
 

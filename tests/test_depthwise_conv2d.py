@@ -456,7 +456,7 @@ def cases(draw, largest: int) -> Case:
     )
 
 
-@each_run
+@each_own_run  # PyTorch 2.13's own crashes on some channels_last shapes whose windows lie in the padding
 def test_any_shape(run):
     @hypothesis.settings(max_examples=6 if run.slow else 20 if run.stands_in else 60)
     @hypothesis.given(

@@ -1,282 +1,15 @@
 // Depthwise convolution, C++, vectorized: forward and grad_input, a channel in each vector lane.
 //
 // Computes  out[e, f] = act(b + sum_ij in[e*s + i*d - p, f*s + j*d - p] * w[i, j]).
-// One inner step: 8 (or 7) pixels of one or two output rows in registers. Each input pixel is loaded once for
-//   a row of taps and added into every output it reaches: K + 7 loads for 8 K or 16 K multiply-adds.
+// One inner step: depthwise_conv2d_vectorized_columns_cpu.h.
 // Bytes: input + output once, while a strip of rows stays in the L2 cache.
 // Against row_blocked: sums stay in registers over all taps; the output is written once, not once a tap.
 // grad_input is the same loop over its phases: no product with a zero, no atomics.
-// Limits: images that are not channels_last go through a tile, transposed a few rows at a time.
-#include "depthwise_conv2d_vectorized_cpu.h"
+// Limits: images that are not channels_last go through a tile, transposed a strip of rows at a time.
+#include "depthwise_conv2d_vectorized_columns_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
-
-// Adds a row of the input to P outputs, S pixels apart, in each of R output rows: row q meets the J taps at
-// taps[q], one pixel apart. `first` is the column of input[0]; only if Edge may columns lie outside the row,
-// where they count as zeros.
-template <int J, int S, int P, int R, bool Edge, typename A>
-inline __attribute__((always_inline)) void add_taps(Vector<A> (*sum)[P], const A* input, int64_t pixel_stride,
-                                                    const A* const (&taps)[R], int64_t first, int64_t width) {
-  constexpr int L = lanes_of<A>;
-  alignas(64) static const A zeros[L] = {};
-  Vector<A> tap[R][J];
-#pragma GCC unroll 2
-  for (int q = 0; q < R; ++q)
-#pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) tap[q][j] = load_vector(taps[q] + j * L);
-#pragma GCC unroll 32
-  for (int p = 0; p < (P - 1) * S + J; ++p) {
-    if (S > J && p % S >= J) continue;  // no tap reaches it
-    const A* pixel = input + p * pixel_stride;
-    if constexpr (Edge) {
-      const bool inside = uint64_t(first + p) < uint64_t(width);
-      if (J * R >= 5 && !inside) continue;  // many products saved for one jump
-      pixel = inside ? pixel : zeros;
-    }
-    Vector<A> x = load_vector(pixel);
-    keep_in_register(x);
-#pragma GCC unroll 2
-    for (int q = 0; q < R; ++q)
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j)
-        if (p >= j && (p - j) % S == 0 && (p - j) / S < P) sum[q][(p - j) / S] += x * tap[q][j];
-  }
-}
-
-// A row (or two) of a strip: what its tiles of outputs have in common.
-template <typename A>
-struct RowView {
-  const A* input;                                // the first tap's row, column 0 of the image
-  const A* taps;                                 // (blocks, ..., taps_high, taps_wide, L)
-  A* output;                                     // the phase's column 0
-  const A* bias;                                 // (blocks, L), or null
-  int64_t taps_stride, last_lane;                // as in Strip
-  int64_t input_row_stride, input_pixel_stride;  // input_row_stride: between two taps
-  int64_t output_row_stride, output_pixel_stride;
-  int64_t begin, end;  // taps (R = 2: input rows) that lie inside the image
-  int64_t taps_high, taps_wide, stride, dilation, left, in_width;
-  bool accumulate, streams;
-  Activation activation;
-};
-
-// P outputs from `column`, in R rows, of one block of channels. K: taps in a row if known at compile time,
-// else 0; S: their stride if it is 1 or 2 and taps are one pixel apart, else 0. Two rows share the input rows
-// between them.
-template <int K, int S, int P, int R, bool Edge, typename A>
-inline __attribute__((always_inline)) void compute_outputs(const RowView<A>& row, int64_t column,
-                                                           int64_t block) {
-  static_assert(R == 1 || K > 0);
-  constexpr int L = lanes_of<A>;
-  const int64_t lane = std::min(block * L, row.last_lane);
-  const int64_t pixel_stride = row.input_pixel_stride, tap_row = row.taps_wide * L;
-  const int64_t first = column * row.stride - row.left;
-  const A* input = row.input + lane + first * pixel_stride + row.begin * row.input_row_stride;
-  const A* taps = row.taps + block * row.taps_stride + row.begin * tap_row;
-
-  Vector<A> sum[R][P];
-  const Vector<A> start = row.bias ? load_vector(row.bias + block * L) : Vector<A>{};
-#pragma GCC unroll 2
-  for (int q = 0; q < R; ++q)
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) sum[q][p] = start;
-
-  for (int64_t i = row.begin; i < row.end; ++i, input += row.input_row_stride, taps += tap_row) {
-    if constexpr (R == 2) {
-      if (i == 0)
-        add_taps<K, S, P, 1, Edge, A>(sum, input, pixel_stride, {taps}, first, row.in_width);
-      else if (i == row.taps_high)
-        add_taps<K, S, P, 1, Edge, A>(sum + 1, input, pixel_stride, {taps - tap_row}, first, row.in_width);
-      else
-        add_taps<K, S, P, 2, Edge, A>(sum, input, pixel_stride, {taps, taps - tap_row}, first, row.in_width);
-    } else if constexpr (K > 0) {
-      add_taps<K, S, P, 1, Edge, A>(sum, input, pixel_stride, {taps}, first, row.in_width);
-    } else if constexpr (S > 0) {
-      for (int64_t j = 0; j < row.taps_wide;) {
-        const int64_t left = row.taps_wide - j;
-        const A* x = input + j * pixel_stride;
-        const A* w = taps + j * L;
-        if (Edge) {  // skip taps that meet nothing but padding
-          if (left >= 7 && first + j + 7 + (P - 1) * S <= 0) {
-            j += 7;
-            continue;
-          }
-          if (first + j >= row.in_width) break;
-        }
-        if (left >= 7) {
-          add_taps<7, S, P, 1, Edge, A>(sum, x, pixel_stride, {w}, first + j, row.in_width), j += 7;
-        } else if (left >= 3) {
-          add_taps<3, S, P, 1, Edge, A>(sum, x, pixel_stride, {w}, first + j, row.in_width), j += 3;
-        } else {
-          add_taps<1, S, P, 1, Edge, A>(sum, x, pixel_stride, {w}, first + j, row.in_width), j += 1;
-        }
-      }
-    } else {
-      for (int64_t j = 0; j < row.taps_wide; ++j) {
-        const Vector<A> tap = load_vector(taps + j * L);
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-          const int64_t offset = p * row.stride + j * row.dilation;
-          if (Edge && uint64_t(first + offset) >= uint64_t(row.in_width)) continue;
-          sum[0][p] += load_vector(input + offset * pixel_stride) * tap;
-        }
-      }
-    }
-  }
-
-  A* output = row.output + lane + column * row.output_pixel_stride;
-  const auto store_all = [&](const auto& store_one) {
-#pragma GCC unroll 2
-    for (int q = 0; q < R; ++q)
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p)
-        store_one(output + q * row.output_row_stride + p * row.output_pixel_stride, sum[q][p]);
-  };
-  if (!row.accumulate && row.activation == Activation::none) {
-    if (row.streams) return store_all([](A* target, Vector<A> value) { stream_vector(target, value); });
-    return store_all([](A* target, Vector<A> value) { store_vector(target, value); });
-  }
-  Vector<A> total[R][P];  // a copy: an array that a loop runs over lies in memory
-#pragma GCC unroll 2
-  for (int q = 0; q < R; ++q)
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) total[q][p] = sum[q][p];
-  for (int q = 0; q < R; ++q)
-    for (int p = 0; p < P; ++p) {
-      A* target = output + q * row.output_row_stride + p * row.output_pixel_stride;
-      if (row.accumulate) total[q][p] += load_vector(target);
-      store_vector(target, activate_vector<A>(total[q][p], row.activation));
-    }
-}
-
-// Some blocks of channels of an image, and what is computed from them: a phase, or a term of its sum.
-template <typename A>
-struct Strip {
-  Block<const A> input;  // of the first block of channels
-  Block<A> output;
-  int64_t blocks, last_lane;  // the last block starts at channel last_lane, which may overlap the one before
-  const Geometry* geometry;
-  const Phase* phase;
-  const A* taps;        // (blocks, ..., taps_high, taps_wide, L)
-  int64_t taps_stride;  // between two blocks
-  const A* bias;        // (blocks, L), or null
-  bool accumulate;      // add to what the output holds, instead of starting from the bias
-  bool streams;         // store past the caches
-  Activation activation;
-  Prefetch* next;  // memory to ask for meanwhile, or null
-};
-
-// P outputs from `column`, in R rows, of every block of channels.
-template <int K, int S, int P, int R, bool Edge, typename A>
-void compute_blocks(const Strip<A>& strip, const RowView<A>& row, int64_t column) {
-  for (int64_t block = 0; block < strip.blocks; ++block) {
-    if (strip.next) strip.next->ask();
-    compute_outputs<K, S, P, R, Edge, A>(row, column, block);
-  }
-}
-
-// Columns [column, column_end) of R rows from `row` of the phase.
-template <int K, int S, int P, int R, typename A>
-void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t column_end) {
-  const Geometry& g = *strip.geometry;
-  const Phase& phase = *strip.phase;
-  const int64_t top = row * g.stride_height - phase.top, dilation = phase.dilation_height;
-  RowView<A> view;
-  view.input = strip.input.data + top * strip.input.row_stride;
-  view.taps = strip.taps;
-  view.output = strip.output.data + (phase.first_row + row * phase.row_step) * strip.output.row_stride +
-                phase.first_column * strip.output.pixel_stride;
-  view.bias = strip.bias;
-  view.taps_stride = strip.taps_stride;
-  view.last_lane = strip.last_lane;
-  view.input_row_stride = dilation * strip.input.row_stride;
-  view.input_pixel_stride = strip.input.pixel_stride;
-  view.output_row_stride = phase.row_step * strip.output.row_stride;
-  view.output_pixel_stride = phase.column_step * strip.output.pixel_stride;
-  view.taps_high = phase.taps_high;
-  view.taps_wide = phase.taps_wide;
-  view.begin = top < 0 ? ceil_div(-top, dilation) : 0;  // past `end` if all taps are above the image
-  view.end = 0;
-  if (phase.taps_high > 0 && top < g.in_height)
-    view.end = std::min(phase.taps_high + R - 1, ceil_div(g.in_height - top, dilation));
-  view.stride = S > 0 ? S : g.stride_width;
-  view.dilation = phase.dilation_width;
-  view.left = phase.left;
-  view.in_width = g.in_width;
-  view.accumulate = strip.accumulate;
-  view.streams = strip.streams;
-  view.activation = strip.activation;
-
-  // Outputs [inner_begin, inner_end) read inside the row only.
-  const int64_t stride = S > 0 ? S : g.stride_width;  // a constant divides in a cycle
-  const int64_t reach = (phase.taps_wide - 1) * phase.dilation_width - phase.left;
-  const int64_t inner_begin = phase.left > 0 ? (phase.left + stride - 1) / stride : 0;
-  const int64_t last = g.in_width - 1 - reach;
-  const int64_t inner_end = last < 0 ? 0 : last / stride + 1;
-  for (; column + P <= column_end; column += P) {
-    if (column >= inner_begin && column + P <= inner_end)
-      compute_blocks<K, S, P, R, false, A>(strip, view, column);
-    else
-      compute_blocks<K, S, P, R, true, A>(strip, view, column);
-  }
-  if (column == column_end) return;
-  if (column_end >= P && !strip.accumulate) {  // the last tile overlaps the one before
-    compute_blocks<K, S, P, R, true, A>(strip, view, column_end - P);
-    return;
-  }
-  if constexpr (R == 1) {
-    for (; column < column_end; ++column) compute_blocks<0, S, 1, 1, true, A>(strip, view, column);
-  } else {
-    for (int q = 0; q < R; ++q) compute_columns<K, S, P, 1, A>(strip, row + q, column, column_end);
-  }
-}
-
-template <typename A>
-struct ColumnsKernel {
-  void (*one_row)(const Strip<A>&, int64_t row, int64_t column, int64_t column_end);
-  void (*two_rows)(const Strip<A>&, int64_t row, int64_t column, int64_t column_end);  // or null
-};
-
-template <int K, int S, int P, typename A>
-ColumnsKernel<A> columns_kernel(bool rows_share_input) {
-  ColumnsKernel<A> kernel{compute_columns<K, S, P, 1, A>, nullptr};
-  if constexpr (K > 0 && S == 1 && vector_bytes == 64)  // two rows of sums need 32 registers
-    if (rows_share_input) kernel.two_rows = compute_columns<K, S, P, 2, A>;
-  return kernel;
-}
-
-// Compile-time widths for float32 sums; float64 is for checking, and takes the general kernel.
-template <int P, typename A>
-ColumnsKernel<A> choose_columns_kernel(const Geometry& g, const Phase& phase) {
-  const bool share = g.stride_height == 1 && phase.dilation_height == 1;
-  if (phase.dilation_width == 1 || phase.taps_wide == 1) {
-    if (g.stride_width == 1) {
-      if constexpr (std::is_same_v<A, float>) switch (phase.taps_wide) {
-          case 1:
-            return columns_kernel<1, 1, P, A>(share);
-          case 2:
-            return columns_kernel<2, 1, P, A>(share);
-          case 3:
-            return columns_kernel<3, 1, P, A>(share);
-          case 5:
-            return columns_kernel<5, 1, P, A>(share);
-          case 7:
-            return columns_kernel<7, 1, P, A>(share);
-        }
-      return columns_kernel<0, 1, P, A>(share);
-    }
-    if (g.stride_width == 2) {
-      if constexpr (std::is_same_v<A, float>) switch (phase.taps_wide) {
-          case 3:
-            return columns_kernel<3, 2, P, A>(share);
-          case 5:
-            return columns_kernel<5, 2, P, A>(share);
-        }
-      return columns_kernel<0, 2, P, A>(share);
-    }
-  }
-  return columns_kernel<0, 0, P, A>(share);
-}
 
 // Rows of the input that output rows [begin, end) of any phase read.
 std::pair<int64_t, int64_t> input_rows(const Geometry& g, int64_t begin, int64_t end) {
@@ -290,7 +23,18 @@ std::pair<int64_t, int64_t> input_rows(const Geometry& g, int64_t begin, int64_t
     high = std::max(high,
                     last * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top + 1);
   }
-  return {std::clamp<int64_t>(low, 0, g.in_height), std::clamp<int64_t>(high, 0, g.in_height)};
+  low = std::clamp<int64_t>(low, 0, g.in_height);
+  return {low, std::clamp<int64_t>(high, low, g.in_height)};
+}
+
+// The most rows of the input that `rows` rows of the output read, begun at a multiple of the phases' step.
+int64_t most_input_rows(const Geometry& g, int64_t rows) {
+  int64_t low = 0, high = 0;  // relative to the first row's
+  for (const Phase& phase : g.phases) {
+    low = std::min(low, -phase.top);
+    high = std::max(high, (phase.taps_high - 1) * phase.dilation_height + 1 - phase.top);
+  }
+  return std::min((ceil_div(rows, g.phases[0].row_step) - 1) * g.stride_height + high - low, g.in_height);
 }
 
 // Adds the pixels that columns [begin, end) of two rows of every phase are the first to read, and these
@@ -307,159 +51,205 @@ void add_columns(Prefetch& next, const Geometry& g, const Image<const T>& input,
                     end * phase.column_step);
 }
 
-// The convolution that both passes are. `in_lanes(first, m)`: the input channels of output channels first,
-// ..., in the m-th of `terms` terms; `weight_channel(channel, m)`: the filter that meets them.
-template <typename T, typename InLanes, typename WeightChannel>
-void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channels, int64_t batch,
-              bool channels_last, const Geometry& g, const T* weight, int64_t weight_taps, const T* bias,
-              Activation activation, int64_t terms, const InLanes& in_lanes,
-              const WeightChannel& weight_channel, ParallelFor threads) {
+// A pass that convolves: forward, or grad_input over its phases.
+template <typename T>
+class Convolution {
+ public:
   using A = accumulate_t<T>;
-  constexpr int64_t L = lanes_of<A>;
-  const Image<const T> in{nullptr, in_channels, g.in_height, g.in_width, channels_last};
-  const Image<T> out{nullptr, out_channels, g.out_height, g.out_width, channels_last};
-  const bool in_place =
-      std::is_same_v<T, A> && channels_last && out_channels >= L && in_lanes(0, 0).is_identity();
-  const int64_t blocks = ceil_div(out_channels, L);
+  static constexpr int64_t L = lanes_of<A>;
 
-  // Strips of rows: as many as the L2 cache holds, but enough strips for every thread.
-  const int64_t channels_at_once = in_place ? out_channels : L;
-  const int64_t row_bytes = int64_t(sizeof(A)) * channels_at_once *
-                            (g.out_width + g.in_width * std::max<int64_t>(g.in_height / g.out_height, 1));
-  const int64_t row_step = g.phases[0].row_step;
-  int64_t strip_rows = std::clamp<int64_t>((in_place ? 384 << 10 : 192 << 10) / row_bytes, 1, g.out_height);
-  const int64_t parallel_items = batch * (in_place ? 1 : blocks);
-  if (parallel_items < 64)
-    strip_rows = std::min(strip_rows, std::max<int64_t>(g.out_height * parallel_items / 64, 4));
-  strip_rows = std::min(ceil_div(strip_rows, row_step) * row_step, g.out_height);
-  const int64_t strips = ceil_div(g.out_height, strip_rows);
+  // Output channel c is the sum of `step` terms: term m is input channel c * step / divide + m, convolved
+  // with filter c * step + m.
+  Convolution(const T* input, int64_t in_channels, T* output, int64_t out_channels, int64_t batch,
+              bool channels_last, Geometry geometry, const T* weight, int64_t weight_taps, const T* bias,
+              Activation activation, int64_t step, int64_t divide);
 
-  // A tile is loaded, computed and stored a few rows at a time, while they are in the L1 cache.
-  const int64_t few = (16 << 10) / (g.out_width * L * int64_t(sizeof(A))) / (2 * row_step) * (2 * row_step);
-  const int64_t part_rows = in_place ? strip_rows : std::min(std::max(few, 2 * row_step), strip_rows);
+  void run(ParallelFor threads) const;
 
-  // In place, an item is a strip of a group of blocks whose packed taps fit the cache; else of one block.
+ private:
+  // What one thread needs, to compute at most `most_rows` rows of the output at once.
+  struct Worker {
+    Worker(const Convolution& of, int64_t most_rows);
+    Scratch<A> taps, biases, in_tile, out_tile;
+    int64_t group = -1;  // whose taps are packed
+  };
+
+  int64_t first_block(int64_t group) const { return group * group_; }
+  int64_t last_block(int64_t group) const { return std::min((group + 1) * group_, blocks_); }
+  void pack(Worker& worker, int64_t group) const;
+  // Rows [row_begin, row_end) of a group of blocks of channels; row_begin is a multiple of the phases' step.
+  void compute(Worker& worker, int64_t group, int64_t image, int64_t row_begin, int64_t row_end) const;
+  void compute_strip(Strip<A>& strip, const Image<const T>& source, const Image<T>& target, const A* taps,
+                     int64_t row_begin, int64_t row_end) const;
+
+  Geometry geometry_;
+  Image<const T> input_;
+  Image<T> output_;
+  const T* weight_;
+  const T* bias_;
+  int64_t batch_, weight_taps_, step_, divide_;
+  Activation activation_;
+  bool in_place_, streams_, by_seven_;
+  int64_t blocks_, group_, packed_, columns_;
+  std::vector<ColumnsKernel<A>> kernels_;
+};
+
+template <typename T>
+Convolution<T>::Convolution(const T* input, int64_t in_channels, T* output, int64_t out_channels,
+                            int64_t batch, bool channels_last, Geometry geometry, const T* weight,
+                            int64_t weight_taps, const T* bias, Activation activation, int64_t step,
+                            int64_t divide)
+    : geometry_(std::move(geometry)),
+      input_{input, in_channels, geometry_.in_height, geometry_.in_width, channels_last},
+      output_{output, out_channels, geometry_.out_height, geometry_.out_width, channels_last},
+      weight_(weight),
+      bias_(bias),
+      batch_(batch),
+      weight_taps_(weight_taps),
+      step_(step),
+      divide_(divide),
+      activation_(activation) {
+  const Geometry& g = geometry_;
+  in_place_ = std::is_same_v<T, A> && channels_last && out_channels >= L && step == 1 && divide == 1;
+  blocks_ = ceil_div(out_channels, L);
   // Values of one block; none where padding and stride keep every tap from the image.
-  const int64_t packed = int64_t(g.taps.size()) * L;
-  const int64_t group =
-      in_place ? std::clamp<int64_t>((192 << 10) / (std::max(packed, L) * int64_t(sizeof(A))), 1, blocks) : 1;
-  const int64_t groups = ceil_div(blocks, group);
-  const int64_t columns = phase_columns(g, g.phases[0]);  // no phase has more
-  const bool by_seven = columns % 8 != 0 && columns % 7 == 0;
-  // In place, all blocks take turns on a few columns, so that memory is read in the order in which it lies;
-  // meanwhile the next few are asked for.
-  const int64_t columns_at_once = in_place ? (by_seven ? 7 : 8) * ceil_div(4, group) : columns;
-  std::vector<ColumnsKernel<A>> kernels;
-  for (const Phase& phase : g.phases)
-    kernels.push_back(by_seven ? choose_columns_kernel<7, A>(g, phase)
-                               : choose_columns_kernel<8, A>(g, phase));
-  const bool prefetched = in_place && group == blocks;  // else a pixel's channels do not follow each other
-  const int64_t asks = group * ceil_div(4, group) * (kernels[0].two_rows ? 1 : 2);
+  packed_ = int64_t(g.taps.size()) * L;
+  // In place, blocks whose packed taps fit the cache take turns; else a block is done by itself.
+  const int64_t cached = (192 << 10) / (std::max(packed_, L) * int64_t(sizeof(A)));
+  group_ = in_place_ ? std::clamp<int64_t>(cached, 1, blocks_) : 1;
   // An output that fills a large share of the L3 cache would not be there when it is read next, and reading
   // its lines before they are written would only cost time.
   const int64_t output_bytes = batch * out_channels * g.out_height * g.out_width * int64_t(sizeof(A));
-  const bool streams = in_place && output_bytes > (16 << 20) && out_channels % L == 0 &&
-                       reinterpret_cast<uintptr_t>(output) % vector_bytes == 0;
-  int64_t tile_rows = 0;
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    const auto [low, high] =
-        input_rows(g, strip * strip_rows, std::min((strip + 1) * strip_rows, g.out_height));
-    tile_rows = std::max(tile_rows, high - low);
-  }
+  streams_ = in_place_ && output_bytes > (16 << 20) && out_channels % L == 0 &&
+             reinterpret_cast<uintptr_t>(output) % vector_bytes == 0;
+  columns_ = phase_columns(g, g.phases[0]);  // no phase has more
+  by_seven_ = columns_ % 8 != 0 && columns_ % 7 == 0;
+  for (const Phase& phase : g.phases)
+    kernels_.push_back(by_seven_ ? choose_columns_kernel<7, A>(g, phase)
+                                 : choose_columns_kernel<8, A>(g, phase));
+}
 
-  parallel_for(threads, groups * batch * strips, [&](int64_t begin, int64_t end) {
-    Scratch<A> taps(group * terms * packed), biases(group * L);
-    Scratch<A> in_tile(in_place ? 0 : tile_rows * g.in_width * L);
-    Scratch<A> out_tile(in_place ? 0 : part_rows * g.out_width * L);
-    Prefetch next;
-    int64_t packed_group = -1;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t strip = item % strips, image = item / strips % batch, group_index = item / strips / batch;
-      const int64_t first_block = group_index * group, last_block = std::min(first_block + group, blocks);
-      if (group_index != packed_group) {
-        packed_group = group_index;
-        for (int64_t block = first_block; block < last_block; ++block) {
-          const int64_t start = in_place ? block_start(block, out_channels, L) : block * L;
-          A* to = taps.data() + (block - first_block) * terms * packed;
-          A* bias_to = biases.data() + (block - first_block) * L;
-          for (int64_t lane = 0; lane < L; ++lane) {
-            const bool valid = start + lane < out_channels;
-            bias_to[lane] = valid && bias ? load(bias[start + lane]) : A(0);
-            for (int64_t m = 0; m < terms; ++m) {
-              const T* filter = valid ? weight + weight_channel(start + lane, m) * weight_taps : nullptr;
-              for (size_t t = 0; t < g.taps.size(); ++t)
-                to[m * packed + int64_t(t) * L + lane] = valid ? load(filter[g.taps[t]]) : A(0);
-            }
-          }
-        }
+template <typename T>
+Convolution<T>::Worker::Worker(const Convolution& of, int64_t most_rows)
+    : taps(of.group_ * of.step_ * of.packed_),
+      biases(of.group_ * L),
+      in_tile(of.in_place_ ? 0 : most_input_rows(of.geometry_, most_rows) * of.geometry_.in_width * L),
+      out_tile(of.in_place_ ? 0 : most_rows * of.geometry_.out_width * L) {}
+
+// The taps and biases of a group of blocks as vectors, zero in lanes that are no channel.
+template <typename T>
+void Convolution<T>::pack(Worker& worker, int64_t group) const {
+  worker.group = group;
+  for (int64_t block = first_block(group); block < last_block(group); ++block) {
+    const int64_t start = in_place_ ? block_start(block, output_.channels, L) : block * L;
+    A* taps = worker.taps.data() + (block - first_block(group)) * step_ * packed_;
+    A* biases = worker.biases.data() + (block - first_block(group)) * L;
+    for (int64_t lane = 0; lane < L; ++lane) {
+      const int64_t channel = start + lane;
+      const bool valid = channel < output_.channels;
+      biases[lane] = valid && bias_ ? load(bias_[channel]) : A(0);
+      for (int64_t m = 0; m < step_; ++m) {
+        const T* filter = valid ? weight_ + (channel * step_ + m) * weight_taps_ : nullptr;
+        for (size_t t = 0; t < geometry_.taps.size(); ++t)
+          taps[m * packed_ + int64_t(t) * L + lane] = valid ? load(filter[geometry_.taps[t]]) : A(0);
       }
-      const int64_t row_begin = strip * strip_rows, row_end = std::min(row_begin + strip_rows, g.out_height);
-      const int64_t low = input_rows(g, row_begin, row_end).first;
-      int64_t loaded = low;  // rows of the image that the tile holds
-      Image<const T> source = in;
-      source.data = input + image * in_channels * g.in_height * g.in_width;
-      Image<T> target = out;
-      target.data = output + image * out_channels * g.out_height * g.out_width;
-      for (int64_t top = row_begin; top < row_end; top += part_rows) {
-        const int64_t bottom = std::min(top + part_rows, row_end);
-        for (int64_t m = 0; m < terms; ++m) {
-          if (!in_place) {
-            const auto [first, last] = input_rows(g, top, bottom);
-            const int64_t from = terms > 1 ? first : std::max(first, loaded);
-            const int64_t start = first_block * L;
-            if (from < last)
-              load_tile(source, in_lanes(start, m), std::min(L, out_channels - start), from, last,
-                        in_tile.data() + (from - low) * g.in_width * L);
-            loaded = std::max(loaded, last);
-          }
-          Strip<A> part{};
-          part.input = {in_tile.data() - low * g.in_width * L, g.in_width * L, L};
-          part.output = {out_tile.data() - top * g.out_width * L, g.out_width * L, L};
-          if constexpr (std::is_same_v<T, A>)
-            if (in_place) {
-              part.input = {source.data + first_block * L, source.row_stride(), source.pixel_stride()};
-              part.output = {target.data + first_block * L, target.row_stride(), target.pixel_stride()};
-            }
-          part.blocks = last_block - first_block;
-          part.last_lane = in_place ? block_start(last_block - 1, out_channels, L) - first_block * L : 0;
-          part.geometry = &g;
-          part.taps_stride = terms * packed;
-          part.accumulate = m > 0;
-          part.streams = streams;
-          part.bias = bias ? biases.data() : nullptr;
-          part.activation = m == terms - 1 ? activation : Activation::none;
-          part.next = prefetched ? &next : nullptr;
-          for (int64_t row = top / row_step; row * row_step < bottom; row += 2)
-            for (int64_t column = 0; column < columns; column += columns_at_once) {
-              if (prefetched) {
-                const bool row_ends = column + columns_at_once >= columns;
-                const int64_t begin = row_ends ? 0 : column + columns_at_once;
-                next.clear(asks);
-                add_columns(next, g, source, streams ? nullptr : &target, row_ends ? row + 2 : row, begin,
-                            begin + columns_at_once);
-              }
-              for (size_t k = 0; k < g.phases.size(); ++k) {
-                const Phase& phase = g.phases[k];
-                const int64_t column_end = std::min(column + columns_at_once, phase_columns(g, phase));
-                const int64_t rows_left = (bottom - phase.first_row + row_step - 1) / row_step - row;
-                part.phase = &phase;
-                part.taps = taps.data() + m * packed + phase.weight_offset * L;
-                if (rows_left >= 2 && kernels[k].two_rows) {
-                  kernels[k].two_rows(part, row, column, column_end);
-                } else {
-                  for (int64_t q = 0; q < std::min<int64_t>(rows_left, 2); ++q)
-                    kernels[k].one_row(part, row + q, column, column_end);
-                }
-              }
-            }
-        }
-        if (!in_place) {
-          const int64_t start = first_block * L;
-          store_tile<T, A>(target, {start}, std::min(L, out_channels - start), top, bottom, out_tile.data());
+    }
+  }
+}
+
+template <typename T>
+void Convolution<T>::compute(Worker& worker, int64_t group, int64_t image, int64_t row_begin,
+                             int64_t row_end) const {
+  const Geometry& g = geometry_;
+  if (worker.group != group) pack(worker, group);
+  const int64_t start = first_block(group) * L, lanes = std::min(L, output_.channels - start);
+  Image<const T> source = input_;
+  source.data += image * source.channels * source.height * source.width;
+  Image<T> target = output_;
+  target.data += image * target.channels * target.height * target.width;
+  const auto [low, high] = input_rows(g, row_begin, row_end);
+
+  Strip<A> strip{};
+  strip.input = {worker.in_tile.data() - low * g.in_width * L, g.in_width * L, L};
+  strip.output = {worker.out_tile.data() - row_begin * g.out_width * L, g.out_width * L, L};
+  if constexpr (std::is_same_v<T, A>)
+    if (in_place_) {
+      strip.input = {source.data + start, source.row_stride(), source.pixel_stride()};
+      strip.output = {target.data + start, target.row_stride(), target.pixel_stride()};
+    }
+  strip.blocks = last_block(group) - first_block(group);
+  strip.last_lane = in_place_ ? block_start(last_block(group) - 1, output_.channels, L) - start : 0;
+  strip.geometry = &g;
+  strip.taps_stride = step_ * packed_;
+  strip.bias = bias_ ? worker.biases.data() : nullptr;
+  strip.streams = streams_;
+  for (int64_t m = 0; m < step_; ++m) {
+    if (!in_place_)
+      load_tile(source, Lanes{start, step_, divide_, m}, lanes, low, high, worker.in_tile.data());
+    strip.accumulate = m > 0;
+    strip.activation = m == step_ - 1 ? activation_ : Activation::none;
+    compute_strip(strip, source, target, worker.taps.data() + m * packed_, row_begin, row_end);
+  }
+  if (!in_place_) store_tile<T, A>(target, Lanes{start}, lanes, row_begin, row_end, worker.out_tile.data());
+  if (streams_) stream_fence();
+}
+
+template <typename T>
+void Convolution<T>::compute_strip(Strip<A>& strip, const Image<const T>& source, const Image<T>& target,
+                                   const A* taps, int64_t row_begin, int64_t row_end) const {
+  const Geometry& g = geometry_;
+  // In place, all blocks take turns on a few columns, so that memory is read in the order in which it lies;
+  // meanwhile the next few are asked for.
+  const int64_t tiles = ceil_div(4, group_);
+  const int64_t columns_at_once = in_place_ ? (by_seven_ ? 7 : 8) * tiles : columns_;
+  const bool prefetched = in_place_ && group_ == blocks_;  // else a pixel's channels do not follow each other
+  Prefetch next;
+  strip.next = prefetched ? &next : nullptr;
+  const int64_t row_step = g.phases[0].row_step;
+  for (int64_t row = row_begin / row_step; row * row_step < row_end; row += 2)
+    for (int64_t column = 0; column < columns_; column += columns_at_once) {
+      if (prefetched) {
+        const bool row_ends = column + columns_at_once >= columns_;
+        const int64_t begin = row_ends ? 0 : column + columns_at_once;
+        next.clear(group_ * tiles * (kernels_[0].two_rows ? 1 : 2));
+        add_columns(next, g, source, streams_ ? nullptr : &target, row_ends ? row + 2 : row, begin,
+                    begin + columns_at_once);
+      }
+      for (size_t k = 0; k < g.phases.size(); ++k) {
+        const Phase& phase = g.phases[k];
+        const int64_t column_end = std::min(column + columns_at_once, phase_columns(g, phase));
+        const int64_t rows_left = (row_end - phase.first_row + row_step - 1) / row_step - row;
+        strip.phase = &phase;
+        strip.taps = taps + phase.weight_offset * L;
+        if (rows_left >= 2 && kernels_[k].two_rows) {
+          kernels_[k].two_rows(strip, row, column, column_end);
+        } else {
+          for (int64_t q = 0; q < std::min<int64_t>(rows_left, 2); ++q)
+            kernels_[k].one_row(strip, row + q, column, column_end);
         }
       }
     }
-    if (streams) stream_fence();
+}
+
+template <typename T>
+void Convolution<T>::run(ParallelFor threads) const {
+  const Geometry& g = geometry_;
+  // Strips of rows: as many as the L2 cache holds, but enough strips for every thread.
+  const int64_t row_step = g.phases[0].row_step, groups = ceil_div(blocks_, group_);
+  const int64_t row_bytes = int64_t(sizeof(A)) * (in_place_ ? output_.channels : L) *
+                            (g.out_width + g.in_width * std::max<int64_t>(g.in_height / g.out_height, 1));
+  int64_t strip_rows = std::clamp<int64_t>((in_place_ ? 384 << 10 : 192 << 10) / row_bytes, 1, g.out_height);
+  const int64_t items = batch_ * groups;
+  if (items < 64) strip_rows = std::min(strip_rows, std::max<int64_t>(g.out_height * items / 64, 4));
+  strip_rows = std::min(ceil_div(strip_rows, 2 * row_step) * 2 * row_step, g.out_height);
+  const int64_t strips = ceil_div(g.out_height, strip_rows);
+  parallel_for(threads, items * strips, [&](int64_t begin, int64_t end) {
+    Worker worker(*this, strip_rows);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item % strips * strip_rows;
+      compute(worker, item / strips / batch_, item / strips % batch_, row,
+              std::min(row + strip_rows, g.out_height));
+    }
   });
 }
 
@@ -467,27 +257,20 @@ void convolve(const T* input, int64_t in_channels, T* output, int64_t out_channe
 
 template <typename T>
 void depthwise_conv2d_vectorized_forward_cpu(const T* input, const T* weight, const T* bias, T* output,
-                                             const DepthwiseConv2dShape& shape, Activation activation,
+                                             const DepthwiseConv2dShape& s, Activation activation,
                                              ParallelFor threads) {
-  const int64_t multiplier = shape.multiplier();
-  const Geometry geometry = forward_geometry(shape);
-  convolve<T>(
-      input, shape.in_channels, output, shape.out_channels, shape.batch, shape.channels_last, geometry,
-      weight, shape.kernel_height * shape.kernel_width, bias, activation, 1,
-      [&](int64_t first, int64_t) { return Lanes{first, 1, multiplier, 0}; },
-      [](int64_t channel, int64_t) { return channel; }, threads);
+  Convolution<T>(input, s.in_channels, output, s.out_channels, s.batch, s.channels_last, forward_geometry(s),
+                 weight, s.kernel_height * s.kernel_width, bias, activation, 1, s.multiplier())
+      .run(threads);
 }
 
 template <typename T>
 void depthwise_conv2d_vectorized_grad_input_cpu(const T* grad_output, const T* weight, T* grad_input,
-                                                const DepthwiseConv2dShape& shape, ParallelFor threads) {
-  const int64_t multiplier = shape.multiplier();
-  const Geometry geometry = grad_input_geometry(shape);
-  convolve<T>(
-      grad_output, shape.out_channels, grad_input, shape.in_channels, shape.batch, shape.channels_last,
-      geometry, weight, shape.kernel_height * shape.kernel_width, nullptr, Activation::none, multiplier,
-      [&](int64_t first, int64_t m) { return Lanes{first, multiplier, 1, m}; },
-      [&](int64_t channel, int64_t m) { return channel * multiplier + m; }, threads);
+                                                const DepthwiseConv2dShape& s, ParallelFor threads) {
+  Convolution<T>(grad_output, s.out_channels, grad_input, s.in_channels, s.batch, s.channels_last,
+                 grad_input_geometry(s), weight, s.kernel_height * s.kernel_width, nullptr, Activation::none,
+                 s.multiplier(), 1)
+      .run(threads);
 }
 
 #define FASTCONV_INSTANTIATE(T)                                                                \

@@ -96,12 +96,6 @@ class Prefetch {
   int size_ = 0;
 };
 
-template <typename T, typename A>
-bool readable_in_place(const Image<T>& image, const Lanes& lanes) {
-  return std::is_same_v<std::remove_const_t<T>, A> && image.channels_last && lanes.is_identity() &&
-         lanes.first + lanes_of<A> <= image.channels;
-}
-
 // Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes hold anything
 // finite that the image holds. In a contiguous image the rows of a channel are one run, transposed L pixels
 // at a time.
@@ -168,18 +162,6 @@ void store_tile(const Image<T>& image, const Lanes& lanes, int64_t count, int64_
   for (; k < pixels; ++k)
     for (int lane = 0; lane < count; ++lane)
       store(&runs[lane * image.channel_stride() + k], tile[k * L + lane]);
-}
-
-// Rows [begin, end) of a block of channels, in place if possible, else through `tile`.
-template <typename T, typename A>
-Block<const A> read_block(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin,
-                          int64_t end, A* tile) {
-  if constexpr (std::is_same_v<T, A>)
-    if (readable_in_place<const T, A>(image, lanes))
-      return {image.data + lanes.first, image.row_stride(), image.pixel_stride()};
-  load_tile(image, lanes, count, begin, end, tile);
-  constexpr int L = lanes_of<A>;
-  return {tile - begin * image.width * L, image.width * L, L};
 }
 
 // Channels are cut into blocks of L. In place, the last block starts early rather than be short: it computes
