@@ -97,7 +97,7 @@ def _measure_cpu(threads: int) -> Ceilings:
     if host is None:
         raise RuntimeError(
             "the machine's limits are measured by fastconv._host, which is not built; "
-            "build it with: pip install --no-build-isolation -e ."
+            f"build it with: {_library.build_command()}"
         )
     rates = {size: host.copy_rate(size, threads, 0.1) for size in COPY_SIZES}
     return Ceilings(

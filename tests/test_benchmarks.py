@@ -373,12 +373,16 @@ def call(module, *arguments: str) -> int:
     return module.run(parser.parse_args(arguments))
 
 
-def test_report_command_writes_and_checks(result, tmp_path, capsys):
+def test_report_command_writes_and_checks(result, tmp_path, monkeypatch, capsys):
     results.save(result, tmp_path / "results/a-machine/depthwise_conv2d.json")
     readme = tmp_path / "README.md"
     readme.write_text(README)
     where = ("--results", str(tmp_path / "results"), "--readme", str(readme))
     assert call(report_command, *where, "--check") == 1
+    assert f"does not show the results in {tmp_path / 'results'}/; run" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert call(report_command, *where, "--check") == 1
+    assert "does not show the results in results/; run" in capsys.readouterr().out
     assert readme.read_text() == README
     assert call(report_command, *where) == 0
     assert (tmp_path / "results/a-machine/depthwise_conv2d-roofline.png").exists()

@@ -116,7 +116,49 @@ def test_doctor_names_the_command_for_what_is_missing(tmp_path):
     result = fastconv("doctor", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "libfastconv_kernels.so is not built" in result.stdout
-    assert "C++ kernels: pip install --no-build-isolation" in result.stdout
+    # Whoever runs these copies has no checkout, whatever is installed beside them.
+    assert "C++ kernels: pip install --no-build-isolation .  (in a checkout of" in result.stdout
+    assert "To mend:" in result.stdout and "Nothing" not in result.stdout
+
+
+def test_doctor_has_nothing_to_mend_but_says_why_no():
+    from fastconv.cli.doctor import verdict
+
+    assert verdict([], False) == ["Nothing is missing: every backend can run here."]
+    assert verdict([], True) == ['Nothing to mend; the reason for each "no" stands above.']
+    assert verdict([("nvcc", "install it")], True) == ["To mend:", "  nvcc: install it"]
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """``installed(direct_url)``: a package without a checkout, which pip installed from there."""
+    package = tmp_path / "site/fastconv"
+    record = tmp_path / "site/fastconv-0.1.0.dist-info"
+    for folder in (package, record):
+        folder.mkdir(parents=True)
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: fastconv\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(_library, "PACKAGE", package)
+
+    def command(direct_url):
+        (record / "direct_url.json").write_text(json.dumps(direct_url))
+        return _library.build_command.__wrapped__()
+
+    return command
+
+
+def test_build_command_follows_how_it_was_installed(installed, tmp_path, monkeypatch):
+    pip = "pip install --no-build-isolation"
+    source = tmp_path / "my source"
+    from_folder = {"url": source.as_uri(), "dir_info": {}}
+    assert installed(from_folder) == f"{pip} .  (in a checkout of fastconv's repository)"  # it is gone
+    source.mkdir()
+    (source / "setup.py").touch()
+    assert installed(from_folder) == f"{pip} '{source}'"
+    from_git = {"url": "https://example.org/fastconv.git", "vcs_info": {"vcs": "git", "commit_id": "0"}}
+    assert installed(from_git) == f"{pip} --force-reinstall --no-deps git+https://example.org/fastconv.git"
+    monkeypatch.setattr(_library, "PACKAGE", source / "fastconv")
+    assert installed(from_git) == f"{pip} -e '{source}'"
 
 
 @needs_host

@@ -17,8 +17,6 @@ import torch
 
 from .. import __version__, _library, backends
 
-BUILD = "pip install --no-build-isolation -e ."
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     pass
@@ -60,15 +58,25 @@ def run(args: argparse.Namespace) -> int:
             table.add_row(op, device, *cells)
     out.print(table)
     for (device, backend), reason in reasons.items():
-        out.print(Text(f"{backend} on {device} tensors: {reason}"), style="dim")
-    out.print("\nTo mend:" if repairs else "\nNothing is missing.")
-    for what, repair in repairs:
-        out.print(Text(f"  {what}: {repair}"))
+        out.print(Text(f"{backend} on {device} tensors: {reason}"), style="dim", soft_wrap=True)
+    out.print()
+    for line in verdict(repairs, bool(reasons)):
+        out.print(Text(line), soft_wrap=True)  # a command that is copied must be one line
     return 0
+
+
+def verdict(repairs: list[tuple[str, str]], some_cannot: bool) -> list[str]:
+    """The last lines: the commands that mend what is missing, or that there is nothing to mend."""
+    if repairs:
+        return ["To mend:", *(f"  {what}: {repair}" for what, repair in repairs)]
+    if some_cannot:
+        return ['Nothing to mend; the reason for each "no" stands above.']
+    return ["Nothing is missing: every backend can run here."]
 
 
 def findings() -> Iterator[tuple[str, str, str | None]]:
     """(what, what was found, the command that mends it or None)."""
+    build = _library.build_command()
     yield "Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}", None
     yield (
         "torch",
@@ -86,10 +94,10 @@ def findings() -> Iterator[tuple[str, str, str | None]]:
     yield "nvcc", *_nvcc(cuda)
     for name, what in (("kernels", "C++ kernels"), ("emulator", "CUDA emulator")):
         problem = _library.load(name)
-        yield what, problem or f"libfastconv_{name}.so", BUILD if problem else None
+        yield what, problem or f"libfastconv_{name}.so", build if problem else None
     host = _library.host()
     if host is None:
-        yield "instruction sets", "fastconv._host is not built", BUILD
+        yield "instruction sets", "fastconv._host is not built", build
         return
     forced = os.environ.get("FASTCONV_CPU_CAPABILITY")
     try:
@@ -103,7 +111,7 @@ def findings() -> Iterator[tuple[str, str, str | None]]:
     elif cuda is None:
         yield "CUDA kernels", "not built: this torch is a CPU build", None
     else:
-        yield "CUDA kernels", "not built", f"with nvcc {cuda} on the path: {BUILD}"
+        yield "CUDA kernels", "not built", f"with nvcc {cuda} on the path: {build}"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
@@ -139,7 +147,7 @@ def _nvcc(cuda: str | None) -> tuple[str, str | None]:
     if cuda is not None and found != cuda:
         return (
             f"{found}, but torch has CUDA {cuda}",
-            f"set CUDA_HOME to a toolkit of CUDA {cuda}, then: {BUILD}",
+            f"set CUDA_HOME to a toolkit of CUDA {cuda}, then: {_library.build_command()}",
         )
     return found, None
 

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         if before == after:
             return 0
-        print(f"{readme.name} does not show the results in {folder.name}/; run: python -m fastconv report")
+        print(f"{readme.name} does not show the results in {_shown(folder)}/; run: python -m fastconv report")
         return 1
     for result in found:
         for path in report.plot(result, folder / result["device"]):
@@ -46,3 +46,9 @@ def run(args: argparse.Namespace) -> int:
         readme.write_text(after)
     print(readme)
     return 0
+
+
+def _shown(folder: Path) -> Path:
+    """As the user would type it here."""
+    folder = folder.resolve()
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
