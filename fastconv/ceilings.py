@@ -91,6 +91,14 @@ def measure(device: str | torch.device = "cpu", threads: int | None = None) -> C
     raise ValueError(f"device must be a CPU or CUDA device, got {device}")
 
 
+def measure_or_reason(device: str | torch.device = "cpu") -> tuple[Ceilings | None, str | None]:
+    """:func:`measure`'s result, or None and why the limits cannot be measured here; for tables that go on."""
+    try:
+        return measure(device), None
+    except RuntimeError as error:
+        return None, str(error)
+
+
 @functools.cache
 def _measure_cpu(threads: int) -> Ceilings:
     host = _library.host()

@@ -91,12 +91,16 @@ class CostTable:
 
     @cached_property
     def ceilings(self) -> Any:
-        """:func:`fastconv.ceilings.measure`'s result, or what :func:`cost` was given."""
-        if self.given_ceilings is not None:
-            return self.given_ceilings
-        from .ceilings import measure
+        """:func:`fastconv.ceilings.measure`'s result, or what :func:`cost` was given; None: see remarks."""
+        return self._ceilings_or_reason[0]
 
-        return measure()
+    @cached_property
+    def _ceilings_or_reason(self) -> tuple[Any, str | None]:
+        if self.given_ceilings is not None:
+            return self.given_ceilings, None
+        from .ceilings import measure_or_reason
+
+        return measure_or_reason()
 
     @property
     def macs(self) -> int:
@@ -108,8 +112,15 @@ class CostTable:
 
     @property
     def floor_seconds(self) -> float:
-        """The least time of the layers one after the other, none folded into its neighbour."""
-        return sum(layer.floor_seconds(self.ceilings) for layer in self.layers)
+        """The least time of the layers one after the other, none folded into its neighbour.
+
+        Raises:
+            RuntimeError: the machine's limits cannot be measured here.
+        """
+        ceilings, reason = self._ceilings_or_reason
+        if ceilings is None:
+            raise RuntimeError(reason)
+        return sum(layer.floor_seconds(ceilings) for layer in self.layers)
 
     @property
     def receptive_field(self) -> Pair:
@@ -132,8 +143,9 @@ class CostTable:
 
     def cells(self) -> list[list[str]]:
         """The table as text, a list for each layer and one for the sum."""
-        from ._format import count, shape
+        from ._format import count, milliseconds, shape
 
+        limits = self.ceilings
         rows = [
             [
                 layer.name,
@@ -144,28 +156,36 @@ class CostTable:
                 count(layer.bytes),
                 shape(layer.receptive_field),
                 f"{layer.intensity:.2f}",
-                layer.bound(self.ceilings),
-                f"{1e3 * layer.floor_seconds(self.ceilings):.3f}",
+                "" if limits is None else layer.bound(limits),
+                "" if limits is None else milliseconds(layer.floor_seconds(limits)),
             ]
             for layer in self.layers
         ]
         if self.other_macs:
             rows.append(["", "(outside modules)", "", count(self.other_macs), *[""] * 6])
-        floor = f"{1e3 * self.floor_seconds:.3f}"
+        floor = "" if limits is None else milliseconds(self.floor_seconds)
         total = ["all", "", "", count(self.macs), count(self.parameters), count(self.bytes)]
         return [*rows, [*total, shape(self.receptive_field), "", "", floor]]
 
+    def remarks(self) -> list[str]:
+        """Why columns are empty."""
+        reason = self._ceilings_or_reason[1]
+        return [] if reason is None else [f"no bound and no floor: {reason}"]
+
     def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
         from ._format import rich_table
 
-        return rich_table(
-            "Cost", self.columns(), self.cells(), text_columns=("layer", "type", "output", "bound")
-        )
+        text_columns = ("layer", "type", "output", "bound")
+        table = rich_table("Cost", self.columns(), self.cells(), text_columns)
+        return Group(table, *map(Text, self.remarks()))
 
     def __str__(self) -> str:
         from ._format import text_table
 
-        return text_table(self.columns(), self.cells())
+        return "\n".join([text_table(self.columns(), self.cells()), *self.remarks()])
 
 
 def cost(model: nn.Module, input_size: Sequence[int], *, ceilings: Any = None) -> CostTable:

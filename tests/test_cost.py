@@ -1,5 +1,6 @@
 """fastconv.cost against the formulas, by hand."""
 
+import io
 import math
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import fastconv
+from fastconv import _library, ceilings
 from fastconv.nn import DepthwiseConv2d
 
 # A machine of 100 GFLOP/s and 10 GB/s: from 10 FLOPs a byte on, arithmetic is the limit.
@@ -139,7 +141,27 @@ def test_totals_and_printing():
     assert table.floor_seconds == pytest.approx(sum(layer.floor_seconds(CEILINGS) for layer in table.layers))
     text = str(table)
     assert "features.1.0.0" in text and "DepthwiseConv2d" in text and "470 k" in text.splitlines()[-1]
-    assert table.__rich__().row_count == len(table.layers) + 1
+    assert len(table.cells()) == len(table.layers) + 1
+    assert "features.1.0.0" in _printed_by_rich(table)
+
+
+def _printed_by_rich(table):
+    console = pytest.importorskip("rich.console").Console(width=160, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_without_the_extension_the_floor_is_empty_and_says_why(monkeypatch):
+    monkeypatch.setattr(_library, "host", lambda: None)
+    monkeypatch.setattr(ceilings, "_measure_cpu", ceilings._measure_cpu.__wrapped__)  # nothing kept
+    table = fastconv.cost(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), (3, 10, 10))
+    head, layer, total, reason = str(table).splitlines()
+    assert "13.8 k" in layer and "13.8 k" in total
+    assert head.endswith("bound  floor ms") and layer.endswith("6.67") and total.endswith("3x3")
+    assert reason.startswith("no bound and no floor: ") and _library.build_command() in reason
+    assert reason in " ".join(_printed_by_rich(table).split())
+    with pytest.raises(RuntimeError, match="fastconv._host, which is not built"):
+        table.floor_seconds  # noqa: B018
 
 
 def test_the_model_is_left_alone():

@@ -488,6 +488,35 @@ def test_report_prints(times):
     assert report.as_dict()["layers"][2]["kernel"] == "reference"
 
 
+def test_report_says_a_reason_once_for_all_layers_it_holds_for():
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, groups=4) for _ in range(13)), nn.Linear(2, 2)).to(DEVICE)
+    names = ", ".join(map(str, range(1, 13)))
+    lines = str(fastconv.report(model)).splitlines()
+    assert lines[-2] == f"13 layers: not optimized (0, {names})"
+    assert sum("not optimized" in line for line in lines) == 1
+    model[0].forward = model[0].forward
+    fastconv.optimize(model, backend="reference")
+    assert fastconv.report(model).remarks() == [
+        "0: its forward is replaced on the instance",
+        "1 x Linear: no kernel for Linear yet",
+    ]
+
+
+def test_report_explains_its_columns_and_why_one_is_empty(times, monkeypatch):
+    from fastconv import _library, ceilings
+
+    monkeypatch.setattr(_library, "host", lambda: None)
+    monkeypatch.setattr(ceilings, "_measure_cpu", ceilings._measure_cpu.__wrapped__)
+    model = fastconv.optimize(network(), images(), backend="reference")
+    lines = str(fastconv.report(model)).splitlines()
+    (legend,) = [line for line in lines if line.startswith("before, after: ")]
+    assert "forward and backward; ratio: before / after" in legend
+    (reason,) = [line for line in lines if line.startswith("no % limit: ")]
+    assert "fastconv._host, which is not built" in reason
+    fastconv.optimize(model.eval(), images(), backend="reference")
+    assert "of the kernel, forward; ratio" in str(fastconv.report(model))
+
+
 def test_report_of_a_model_never_seen():
     rows = {row.name: row.reason for row in fastconv.report(network()).rows}
     assert rows["3"] == "not optimized" and rows["0"] == "no kernel for dense convolution yet"

@@ -27,10 +27,6 @@ def run(args: argparse.Namespace) -> int:
         table = cost(model, input_size(args))
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"the model does not take an input of size {input_size(args)}: {error}") from error
-    try:
-        table.ceilings  # noqa: B018 - measured here, so that a missing library is told before the table
-    except RuntimeError as error:
-        raise UserError(str(error)) from None
     out = console()
     out.print(table)
     bits = f"{table.storage_bits:,} bits of storage at 32-bit values"

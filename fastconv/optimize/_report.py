@@ -77,6 +77,7 @@ class Report:
     rows: list[LayerReport]
     parity: Parity | None = None
     ceilings: Any = field(default=None, repr=False)
+    no_ceilings: str | None = field(default=None, init=False, repr=False)  # why there are none
 
     @property
     def swapped(self) -> list[LayerReport]:
@@ -85,12 +86,9 @@ class Report:
     def measure_ceilings(self) -> Any:
         """The machine's limits; None where nothing was timed, or where they cannot be measured."""
         if self.ceilings is None and any(row.seconds_after for row in self.rows):
-            from ..ceilings import measure
+            from ..ceilings import measure_or_reason
 
-            try:
-                self.ceilings = measure()
-            except RuntimeError:
-                return None
+            self.ceilings, self.no_ceilings = measure_or_reason()
         return self.ceilings
 
     def as_dict(self) -> dict[str, Any]:
@@ -144,10 +142,25 @@ class Report:
         ]
         return [*cells, ["all of these", "", "", f"{len(self.swapped)} swapped", *times, *sums, ""]]
 
+    def legend(self) -> str:
+        """What the columns mean, in one line."""
+        work = "forward and backward" if any(row.trained for row in self.rows) else "forward"
+        return (
+            f"before, after: medians of PyTorch and of the kernel, {work}; ratio: before / after; "
+            "MACs, bytes: of the forward pass; % limit: the machine's least time / after"
+        )
+
     def remarks(self) -> list[str]:
         """Why the layers that PyTorch runs were left to it, and whether the numbers are the same."""
+        left: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.matched and row.reason:
+                left.setdefault(row.reason, []).append(row.name or "(the model)")
         lines = [
-            f"{row.name or '(the model)'}: {row.reason}" for row in self.rows if row.matched and row.reason
+            f"{names[0]}: {reason}"
+            if len(names) == 1
+            else f"{len(names)} layers: {reason} ({', '.join(names)})"
+            for reason, names in left.items()
         ]
         others = Counter((row.type, row.reason) for row in self.rows if not row.matched)
         macs = Counter()
@@ -158,7 +171,15 @@ class Report:
             lines.append(f"{number} x {kind}{work}: {reason}")
         if self.parity is not None:
             lines.append(f"whole model: {self.parity}")
+        self.measure_ceilings()
+        if self.no_ceilings is not None:
+            lines.append(f"no % limit: {self.no_ceilings}")
         return lines
+
+    def below(self) -> list[str]:
+        """The lines below the table."""
+        timed = any(row.seconds_after for row in self.rows)
+        return [*([self.legend()] if timed else []), *self.remarks()]
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -166,10 +187,10 @@ class Report:
 
         text_columns = ("layer", "type", "input", "kernel")
         table = rich_table("Layers", self.columns(), self.cells(), text_columns)
-        return Group(table, *map(Text, self.remarks()))
+        return Group(table, *map(Text, self.below()))
 
     def __str__(self) -> str:
-        return "\n".join([text_table(self.columns(), self.cells()), *self.remarks()])
+        return "\n".join([text_table(self.columns(), self.cells()), *self.below()])
 
 
 # Kept beside the models, not on them: nothing of a report gets into a checkpoint.
