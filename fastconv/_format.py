@@ -1,8 +1,11 @@
-"""How tables and numbers are printed."""
+"""How tables, numbers and progress are printed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
@@ -48,3 +51,26 @@ def rich_table(
     for index, row in enumerate(rows):
         table.add_row(*map(Text, row), end_section=index == len(rows) - 2)
     return table
+
+
+def progress_bars(console: Any) -> Any:
+    """A ``rich.progress.Progress``, which draws on a terminal only and leaves nothing behind."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def progress_on_terminal(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """``progress(done, total, name)`` moves a bar; not without a terminal and rich."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        yield lambda *_: None
+        return
+    from rich.console import Console
+
+    with progress_bars(Console(stderr=True)) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total, name: bars.update(
+            task, completed=done, total=total, description=f"{what}: {name}"
+        )

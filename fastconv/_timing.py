@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,32 @@ def wall_clock(call: Callable[[], Any], times: int) -> float:
     for _ in range(times):
         call()
     return (time.perf_counter() - start) / times
+
+
+def busy(threads: int) -> str | None:
+    """A warning, if other programs leave too little of the machine to time ``threads`` threads well."""
+    others, cores = cores_of_others(), os.cpu_count() or 1
+    if others + threads <= cores + 0.5 * threads:
+        return None
+    return f"other programs keep {others:.1f} of {cores} cores busy: times will be noisy"
+
+
+def cores_of_others(seconds: float = 0.2) -> float:
+    """How many cores other programs keep busy meanwhile; where the system does not tell, its load."""
+    try:
+        before = _busy_seconds() - time.process_time(), time.perf_counter()
+        time.sleep(seconds)
+        after = _busy_seconds() - time.process_time(), time.perf_counter()
+    except OSError:
+        return os.getloadavg()[0]
+    return max(0.0, (after[0] - before[0]) / (after[1] - before[1]))
+
+
+def _busy_seconds() -> float:
+    """Seconds that all cores together have worked since the machine started."""
+    with open("/proc/stat") as file:
+        user, nice, system, _idle, _wait, irq, softirq, stolen = map(int, file.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 def interleave(

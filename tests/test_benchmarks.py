@@ -6,12 +6,14 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from fastconv import _timing, cli
 from fastconv._timing import interleave, wall_clock
 from fastconv.ceilings import Ceilings
 from fastconv.cli import UserError
@@ -84,6 +86,26 @@ def test_interleave_refuses_bad_arguments():
         interleave({})
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         interleave({"a": lambda: None}, 0)
+
+
+@pytest.mark.parametrize("others, threads, warns", [(0.5, 2, False), (1.5, 2, True), (0.5, 1, False)])
+def test_busy_warns_when_others_need_the_cores(monkeypatch, others, threads, warns):
+    monkeypatch.setattr(_timing.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(_timing, "cores_of_others", lambda: others)
+    warning = _timing.busy(threads)
+    assert (warning is not None) == warns
+    assert warning is None or warning.startswith("other programs keep 1.5 of 2 cores busy")
+
+
+def test_cores_of_others_leaves_this_process_out(monkeypatch):
+    """The machine works 3 s in each of 2 s, and this process 1 s of these."""
+    machine, own, clock = (iter(values) for values in ((10.0, 13.0), (4.0, 5.0), (0.0, 2.0)))
+    monkeypatch.setattr(_timing, "_busy_seconds", lambda: next(machine))
+    monkeypatch.setattr(_timing.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: next(clock))
+    assert _timing.cores_of_others(0) == 1.0
+    monkeypatch.undo()
+    assert 0 <= _timing.cores_of_others(0.05) < 2 * os.cpu_count()
 
 
 def test_wall_clock_counts_calls():
@@ -359,6 +381,7 @@ def test_tables_and_pictures(result, tmp_path):
     one = copy.deepcopy(result)
     one["groups"][0]["contenders"][-1].update(refused="wrong result: [x]", seconds=None, rounds=[])
     assert "refused" in report.console(one) and "torch nchw" in report.console(one)
+    assert "% limit: limit / ms; x best, x same:" in " ".join(report.console(one).split())
     assert "wrong result: [x]" in report.refusals(one)[0]
     for path in report.plot(one, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -412,9 +435,37 @@ def test_bench_command(made_up_limits, tmp_path, capsys):
         call(bench_command, "nothing", *SMALL)
 
 
+def test_interrupted_bench_shows_what_it_has(made_up_limits, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the second pass: the table of the first, and no file."""
+    right, seen = harness.Problem.measure, []
+
+    def measure(self, *arguments, **options):
+        seen.append(self)
+        if len(seen) % 2 == 0:
+            raise KeyboardInterrupt
+        return right(self, *arguments, **options)
+
+    monkeypatch.setattr(harness.Problem, "measure", measure)
+    path = tmp_path / "x.json"
+    arguments = ("--shapes", "landmarks/768@7 k7", "--quick", *SMALL, "--json", str(path))
+    assert cli.main(["bench", "depthwise_conv2d", *arguments]) == 130
+    out = capsys.readouterr().out
+    assert "landmarks/768@7 k7 forward" in out and "backward" not in out
+    assert "interrupted: partial, 1 of 2 passes of depthwise_conv2d; no raw results" in " ".join(out.split())
+    assert not path.exists()
+    seen.append(None)  # now in the first pass
+    assert cli.main(["bench", "depthwise_conv2d", *arguments]) == 130
+    captured = capsys.readouterr()
+    assert "interrupted" not in captured.out and captured.err == "stopped\n"
+
+
 def test_ladder_command(made_up_limits, capsys):
-    assert call(ladder_command, "depthwise_conv2d", "--layer", "landmarks/768@7 k7", *SMALL) == 0
-    assert {"reference", "torch"} <= set(capsys.readouterr().out.split())
+    layer = ("--layer", "landmarks/768@7 k7", "--passes", "forward", "backward", "--layout", "nchw")
+    assert call(ladder_command, "depthwise_conv2d", *layer, *SMALL) == 0
+    out = capsys.readouterr().out
+    assert {"reference", "torch"} <= set(out.split())
+    assert "forward, float32" in out and "backward, float32" in out
+    assert "gain: over the step before" in " ".join(out.split())
     with pytest.raises(UserError, match="--layer must be one of depthwise_conv2d, got"):
         call(ladder_command, "depthwise_conv2d", "--layer", "landmarks/240@28 g3", *SMALL)
 

@@ -176,7 +176,7 @@ def test_cost_of_a_network_of_the_library(here):
     assert f"{2 * 41_030_272:,} MACs, 470,072 parameters" in out
 
 
-@pytest.mark.parametrize("options", [["--inference"], ["--train", "--channels-last", "--dtype", "bfloat16"]])
+@pytest.mark.parametrize("options", [["--inference"], ["--train", "--layout", "nhwc", "--dtype", "bfloat16"]])
 def test_compare(folder, here, options):
     arguments = [
         "compare",
@@ -200,8 +200,10 @@ def test_compare(folder, here, options):
     mode = "training" if "--train" in options else "inference"
     assert f"{mode} (forward" in out and "batch 4, 1 threads" in out
     assert "no kernel for dense convolution yet" in out
+    assert f"of the kernel, {'forward and backward' if '--train' in options else 'forward'}; ratio:" in out
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["input_size"] == [4, 3, 16, 16] and list(figures["modes"]) == [mode]
+    assert figures["layout"] == ("nhwc" if "nhwc" in options else "nchw")
     measured = figures["modes"][mode]
     assert len(measured["seconds_before"]) == len(measured["seconds_after"]) == 3
     assert min(measured["seconds_before"]) > 0 and measured["ratio"] > 0

@@ -1,4 +1,4 @@
-"""Arguments that name a model and its input, and the model itself."""
+"""What commands share: arguments that name a model and its input, the model itself, the console."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import models
+from .._timing import busy
 from . import UserError
 
 DTYPES = {
@@ -22,6 +23,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,3 +136,9 @@ def console() -> Any:
 
     found = Console()
     return found if found.is_terminal else Console(width=150)
+
+
+def warn_if_busy(console: Any, threads: int) -> None:
+    """Says when other programs keep the machine from being measured."""
+    if warning := busy(threads):
+        console.print(warning, style="yellow")

@@ -7,14 +7,17 @@ refused. The same suite runs under pytest-benchmark with: pytest benchmarks/
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from .._format import progress_bars
 from . import UserError
+from ._model import warn_if_busy
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--shapes", nargs="+", metavar="NET", help='networks, or layers: "landmarks/144@56 k3" (default: all)'
     )
     add("--backends", nargs="+", metavar="NAME", help="only these, such as cpu, emulator, reference")
-    add("--passes", nargs="+", choices=("forward", "backward"), default=("forward", "backward"))
+    passes = ("forward", "backward")
+    add("--passes", nargs="+", choices=passes, default=passes, help="which (default: both)")
     add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--batch", type=int, default=4, help="images, where the shape file does not say (default: 4)")
@@ -54,18 +58,29 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--json takes one operator; name it, or use --save")
     ceilings = _ceilings(args, console)
     refused: list[str] = []
+    partial = None
     for op, (problems, contenders) in problems_of.items():
-        groups = measure(problems, contenders, args, ceilings, console)
+        groups: list[dict] = []
+        try:
+            for group in measure(problems, contenders, args, ceilings, console):
+                groups.append(group)
+        except KeyboardInterrupt:
+            if not groups:
+                raise
+            partial = f"interrupted: partial, {len(groups)} of {len(problems)} passes of {op}"
         result = results.collect(op, groups, ceilings, args.dtype, args.device_name)
         console.print(report.table(result))
-        if args.json or args.save:
-            console.print(f"raw results: {results.save(result, args.json)}")
         refused += report.refusals(result)
         for doubt in report.doubts(result):
             console.print(doubt, style="yellow", markup=False)
+        if partial is not None:
+            console.print(f"{partial}; no raw results are written", style="yellow")
+            break
+        if args.json or args.save:
+            console.print(f"raw results: {results.save(result, args.json)}")
     for line in refused:
         console.print(f"refused: {line}", style="red", markup=False)
-    return 1 if refused else 0
+    return 130 if partial is not None else int(bool(refused))
 
 
 def suite(module: str) -> ModuleType:
@@ -84,35 +99,18 @@ def suite(module: str) -> ModuleType:
     raise UserError("the benchmarks are in the repository, not in the package: run this in a checkout of it")
 
 
-def measure(problems, contenders, args: argparse.Namespace, ceilings, console) -> list[dict]:
+def measure(problems, contenders, args: argparse.Namespace, ceilings, console) -> Iterator[dict]:
     """Measures one problem after the other, under a progress bar, as long as ``--within`` allows."""
-    import time
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    groups, start = [], time.perf_counter()
-    with Progress(*columns, console=console, transient=True) as progress:
+    start = time.perf_counter()
+    with progress_bars(console) as progress:
         task = progress.add_task("", total=len(problems))
-        for problem in problems:
+        for done, problem in enumerate(problems, 1):
             progress.update(task, description=str(problem))
-            groups.append(
-                problem.measure(contenders, rounds=args.rounds, seconds=args.seconds, ceilings=ceilings)
-            )
+            yield problem.measure(contenders, rounds=args.rounds, seconds=args.seconds, ceilings=ceilings)
             progress.advance(task)
             if args.within and time.perf_counter() - start > args.within:
-                console.print(
-                    f"stopped after {len(groups)} of {len(problems)} passes: --within {args.within:g}"
-                )
+                console.print(f"stopped after {done} of {len(problems)} passes: --within {args.within:g}")
                 break
-    return groups
-
-
-def warn_if_busy(console, threads: int) -> None:
-    """Says when other programs keep the machine from being measured."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load + threads > cores + 0.5 * threads:
-        console.print(f"[yellow]load {load:.1f} on {cores} cores: other programs run, times will be noisy[/]")
 
 
 def _operators(harness: ModuleType, args: argparse.Namespace) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ are medians.
 
   python -m fastconv compare mobilenet_v1
   python -m fastconv compare mobilenet_v1 --inference --batch 4 --plot roofline.png --json compare.json
-  python -m fastconv compare mypackage.mymodule:build --input-size 1,3,64,64 --channels-last
+  python -m fastconv compare mypackage.mymodule:build --input-size 1,3,64,64 --layout nhwc
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._format import milliseconds
+from .._format import milliseconds, progress_bars
 from .._timing import interleave, wall_clock
 from ..backends import BACKENDS
 from . import UserError
-from ._model import DTYPES, add_model_arguments, build, console, input_size, positive
+from ._model import DTYPES, LAYOUTS, add_model_arguments, build, console, input_size, positive, warn_if_busy
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--inference", action="store_true", help="the forward pass in eval mode only")
     mode.add_argument("--train", action="store_true", help="the training step, forward and backward, only")
-    add("--channels-last", action="store_true", help="model and input in channels_last")
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        default="nchw",
+        help="of model and input; nhwc: channels_last (default: nchw)",
+    )
     add("--dtype", choices=DTYPES, default="float32", help="of the model and its input (default: float32)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
@@ -53,8 +58,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     for path in (args.json, args.plot):
         if path is not None:
             try:
@@ -67,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     model, input = _prepare(args)
     modes = ["inference"] * (not args.train) + ["training"] * (not args.inference)
     results = {}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=out, transient=True) as progress:
+    warn_if_busy(out, torch.get_num_threads())
+    with progress_bars(out) as progress:
         for mode in modes:
             results[mode] = _compare(model, input, mode, args, progress)
     failed = False
@@ -104,11 +107,11 @@ def _prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor]:
         input = torch.randn(input_size(args)).to(args.device, DTYPES[args.dtype])
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {error}") from None
-    if args.channels_last:
+    if args.layout != "nchw":
         if input.dim() != 4:
-            raise UserError(f"--channels-last needs an input of 4 dimensions, got {tuple(input.shape)}")
-        model = model.to(memory_format=torch.channels_last)
-        input = input.to(memory_format=torch.channels_last)
+            raise UserError(f"--layout nhwc needs an input of 4 dimensions, got {tuple(input.shape)}")
+        model = model.to(memory_format=LAYOUTS[args.layout])
+        input = input.to(memory_format=LAYOUTS[args.layout])
     try:
         size = calibrate(model, input)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -208,7 +211,7 @@ def _as_json(args: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any
         "settings": args.set,
         "input_size": list(input_size(args)),
         "dtype": args.dtype,
-        "channels_last": args.channels_last,
+        "layout": args.layout,
         "device": args.device,
         "threads": torch.get_num_threads(),
         "versions": {

@@ -7,19 +7,32 @@ interpreter prove kernels without a GPU and say nothing about their speed: they 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import torch
 
 from . import UserError
-from .bench import suite, warn_if_busy
+from ._model import LAYOUTS, warn_if_busy
+from .bench import suite
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("op", help="the operator")
     add("--layer", help='such as "landmarks/240@28 k5" (default: the operator\'s own)')
-    add("--pass", dest="direction", choices=("forward", "backward"), default="forward")
-    add("--layout", choices=("nchw", "nhwc"), default="nhwc")
+    add(
+        "--passes",
+        nargs="+",
+        choices=("forward", "backward"),
+        default=("forward",),
+        help="which (default: forward)",
+    )
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        default="nhwc",
+        help="of the tensors; nhwc: channels_last (default: nhwc)",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--batch", type=int, default=4, help="images (default: 4)")
@@ -42,18 +55,22 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     warn_if_busy(console, torch.get_num_threads())
-    dtype = getattr(torch, args.dtype)
-    steps = climb(harness, args.op, args.device, args.layout)
-    problem = harness.Problem(benchmark, layers[0], args.direction, dtype, args.device)
-    with console.status(f"{problem}, {len(steps)} steps"):
+    try:
         limits = ceilings.measure(args.device)
-        group = problem.measure(steps, rounds=args.rounds, seconds=args.seconds, ceilings=limits)
-        group["untimed"] = untimed(harness, benchmark, args, limits)
-    console.print(table(group, limits))
-    if group["untimed"]:
-        names = ", ".join(entry["kernel"] for entry in group["untimed"] if not entry["refused"])
-        console.print(f"right on a tiny layer, not timed: {names}")
-    refused = [entry for entry in group["contenders"] + group["untimed"] if entry["refused"]]
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+    steps = climb(harness, args.op, args.device, args.layout)
+    refused = []
+    for direction in args.passes:
+        problem = harness.Problem(benchmark, layers[0], direction, getattr(torch, args.dtype), args.device)
+        with console.status(f"{problem}, {len(steps)} steps"):
+            group = problem.measure(steps, rounds=args.rounds, seconds=args.seconds, ceilings=limits)
+            proven = untimed(harness, problem, args.layout)
+        console.print(table(group, limits))
+        if proven:
+            names = ", ".join(entry["kernel"] for entry in proven if not entry["refused"])
+            console.print(f"right on a tiny layer, not timed: {names}")
+        refused += [entry for entry in group["contenders"] + proven if entry["refused"]]
     for entry in refused:
         console.print(f"{entry['name']}: {entry['refused']}", style="red", markup=False)
     return 1 if refused else 0
@@ -82,21 +99,19 @@ def _not_timed(device: str) -> tuple[str, ...]:
     return ("emulator", "triton") if interpreted else ("emulator",)
 
 
-def untimed(harness, benchmark, args: argparse.Namespace, limits) -> list[dict]:
+def untimed(harness, problem, layout: str) -> list[dict]:
     """The emulated and interpreted kernels, checked on the operator's tiny layer."""
     from fastconv import backends
 
-    names = [
-        name for name in backends.available(benchmark.op, args.device) if name in _not_timed(args.device)
-    ]
+    op, device = problem.benchmark.op, problem.device
     steps = [
-        harness.Contender("fastconv", args.layout, name, algorithm)
-        for name in names
-        for algorithm in reversed(backends.CHOICES[benchmark.op].algorithms[name])
+        harness.Contender("fastconv", layout, name, algorithm)
+        for name in backends.available(op, device)
+        if name in _not_timed(device)
+        for algorithm in reversed(backends.CHOICES[op].algorithms[name])
     ]
-    tiny = harness.Layer("tiny", "tiny", benchmark.tiny)
-    problem = harness.Problem(benchmark, tiny, args.direction, getattr(torch, args.dtype), args.device)
-    return problem.check(steps)
+    tiny = harness.Layer("tiny", "tiny", problem.benchmark.tiny)
+    return dataclasses.replace(problem, layer=tiny).check(steps)
 
 
 def table(group: dict, limits):
@@ -109,9 +124,10 @@ def table(group: dict, limits):
     caption = (
         f"limit: {group['floor_seconds'] * 1e3:.3f} ms, set by {group['bound']}; "
         f"{limits.flops_per_second / 1e9:.0f} GFLOP/s, {limits.bytes_per_second / 1e9:.0f} GB/s, "
-        f"{limits.threads} threads"
+        f"{limits.threads} threads\n"
+        "% limit: limit / ms; gain: over the step before; in all: over the first step"
     )
-    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    shown = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD)
     shown.add_column("step", no_wrap=True)
     for name in ("ms", "GFLOP/s", "% limit", "gain", "in all"):
         shown.add_column(name, justify="right", no_wrap=True)
