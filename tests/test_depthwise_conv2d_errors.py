@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from cases import DEVICE, ELSEWHERE, runs
+from tolerances import assert_close
 
 from fastconv import BackendError, depthwise_conv2d
-from fastconv.backends import BACKENDS, CHOICES
+from fastconv.backends import BACKENDS, CHOICES, available
 from fastconv.ops._activation import ACTIVATIONS
 
 OP = "depthwise_conv2d"
@@ -196,6 +197,20 @@ def test_backward_operator_refuses(changes, run):
     call(arguments)
     with pytest.raises((RuntimeError, ValueError, TypeError)):
         call({**arguments, **on_device(changes)})
+
+
+@pytest.mark.parametrize("backend", [b for b in ("cuda", "emulator") if b in available(OP, DEVICE)])
+def test_tiled_refuses_what_does_not_fit_shared_memory(backend):
+    """Left open, the choice is the plain kernel; asked for by name, no other kernel stands in silently."""
+    image = torch.randn(1, 1, 250, 250, device=DEVICE, requires_grad=True)
+    weight = torch.randn(1, 1, 3, 3, device=DEVICE)
+    output = depthwise_conv2d(image, weight, dilation=120, backend=backend)
+    expected = torch.nn.functional.conv2d(image.double(), weight.double(), dilation=120)
+    assert_close(output, expected, torch.float32, 9)
+    with pytest.raises(RuntimeError, match="algorithm='tiled' cannot hold.*use algorithm='plain'"):
+        depthwise_conv2d(image, weight, dilation=120, backend=backend, algorithm="tiled")
+    (grad,) = torch.autograd.grad(output.sum(), image)
+    assert_close(grad, torch.autograd.grad(expected.sum(), image)[0].double(), torch.float32, 9)
 
 
 # More than 2^31 elements. Memory that is zero and never written costs nothing, so the input may be that

@@ -4,9 +4,7 @@
 #include <string>
 
 namespace fastconv {
-namespace {
-
-CpuCapability best_capability() {
+CpuCapability best_cpu_capability() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
@@ -17,8 +15,10 @@ CpuCapability best_capability() {
   return CpuCapability::portable;
 }
 
+namespace {
+
 CpuCapability chosen_capability() {
-  const CpuCapability best = best_capability();
+  const CpuCapability best = best_cpu_capability();
   const char* name = std::getenv("FASTCONV_CPU_CAPABILITY");
   if (name == nullptr || *name == '\0') return best;
   for (int i = 0; i <= int(best); ++i)

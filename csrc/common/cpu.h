@@ -6,8 +6,8 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <memory>
-#include <new>
+#include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__)
 #define FASTCONV_DECLARE_CPU(...) \
@@ -44,6 +44,8 @@ namespace fastconv {
 // portable: the compiler's baseline (SSE2 on x86-64, NEON on AArch64).
 enum class CpuCapability { portable, avx2, avx512 };
 
+CpuCapability best_cpu_capability();  // of this processor
+
 // The best instruction set of this processor, or the one that the environment variable
 // FASTCONV_CPU_CAPABILITY names; read once.
 CpuCapability cpu_capability();
@@ -68,7 +70,9 @@ class Scratch {
   explicit Scratch(int64_t count)
       : data_(static_cast<T*>(
             std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64))) {
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr)
+      throw std::runtime_error("out of memory: no " + std::to_string(count * sizeof(T)) +
+                               " bytes for a kernel's scratch buffer");
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;

@@ -26,14 +26,9 @@ double seconds_since(Clock::time_point start) {
 
 // The instruction sets that this processor has, the plainest first.
 std::vector<std::string> cpu_capabilities() {
-  std::vector<std::string> names{"portable"};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    names.push_back("avx2");
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    names.push_back("avx512");
-#endif
+  std::vector<std::string> names;
+  for (int i = 0; i <= int(best_cpu_capability()); ++i)
+    names.push_back(cpu_capability_name(CpuCapability(i)));
   return names;
 }
 

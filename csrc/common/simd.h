@@ -30,7 +30,7 @@ constexpr int lanes_of = vector_bytes / int(sizeof(A));
 
 template <typename A>
 inline Vector<A> broadcast(A value) {
-  return Vector<A>{} + value;
+  return value - Vector<A>{};  // x - 0 is x, also for -0: one instruction
 }
 
 inline Vector<float> load_vector(const float* source) {

@@ -90,37 +90,54 @@ struct Cpu {
 };
 
 struct Cuda {
-  static bool is_tiled(const std::optional<std::string>& algorithm) {
-    return chosen(algorithm, {"tiled", "plain"}) == "tiled";
+  // Runs tiled() if it is chosen and its tiles fit, else plain(); a tiled that was asked for by name is
+  // refused.
+  template <typename Tiled, typename Plain>
+  static void run(const std::optional<std::string>& algorithm, const Tiled& tiled, const Plain& plain) {
+    if (chosen(algorithm, {"tiled", "plain"}) == "tiled") {
+      if (tiled()) return;
+      STD_TORCH_CHECK(!algorithm,
+                      "algorithm='tiled' cannot hold the rows that these taps and their dilation span in ",
+                      "shared memory: use algorithm='plain', or leave the choice open");
+    }
+    plain();
   }
 
   template <typename T>
   static void forward(const std::optional<std::string>& algorithm, const T* input, const T* weight,
                       const T* bias, T* output, const DepthwiseConv2dShape& shape, Activation activation,
                       const Tensor& tensor) {
-    const auto kernel =
-        is_tiled(algorithm) ? depthwise_conv2d_tiled_forward_cuda<T> : depthwise_conv2d_plain_forward_cuda<T>;
-    kernel(input, weight, bias, output, shape, activation, stream_of(tensor));
+    void* stream = stream_of(tensor);
+    const auto call = [&](auto kernel) {
+      return kernel(input, weight, bias, output, shape, activation, stream);
+    };
+    run(
+        algorithm, [&] { return call(depthwise_conv2d_tiled_forward_cuda<T>); },
+        [&] { call(depthwise_conv2d_plain_forward_cuda<T>); });
   }
 
   template <typename T>
   static void backward(const std::optional<std::string>& algorithm, const T* grad_output, const T* input,
                        const T* weight, T* grad_input, T* grad_weight, T* grad_bias,
                        const DepthwiseConv2dShape& shape, const Tensor& tensor) {
-    const bool tiled = is_tiled(algorithm);
+    void* stream = stream_of(tensor);
     if (grad_input) {
-      const auto kernel =
-          tiled ? depthwise_conv2d_tiled_grad_input_cuda<T> : depthwise_conv2d_plain_grad_input_cuda<T>;
-      kernel(grad_output, weight, grad_input, shape, stream_of(tensor));
+      const auto call = [&](auto kernel) { return kernel(grad_output, weight, grad_input, shape, stream); };
+      run(
+          algorithm, [&] { return call(depthwise_conv2d_tiled_grad_input_cuda<T>); },
+          [&] { call(depthwise_conv2d_plain_grad_input_cuda<T>); });
     }
     if (grad_weight) {
       const Tensor workspace = torch::stable::empty(
           {depthwise_conv2d_grad_weight_workspace(shape)},
           std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float, std::nullopt, tensor.device());
-      const auto kernel =
-          tiled ? depthwise_conv2d_tiled_grad_weight_cuda<T> : depthwise_conv2d_plain_grad_weight_cuda<T>;
-      kernel(grad_output, input, grad_weight, grad_bias, mutable_data<accumulate_t<T>>(workspace), shape,
-             stream_of(tensor));
+      const auto call = [&](auto kernel) {
+        return kernel(grad_output, input, grad_weight, grad_bias, mutable_data<accumulate_t<T>>(workspace),
+                      shape, stream);
+      };
+      run(
+          algorithm, [&] { return call(depthwise_conv2d_tiled_grad_weight_cuda<T>); },
+          [&] { call(depthwise_conv2d_plain_grad_weight_cuda<T>); });
     }
   }
 };

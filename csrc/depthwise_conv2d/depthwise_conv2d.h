@@ -55,20 +55,20 @@ FASTCONV_DECLARE_CPU(FASTCONV_DEPTHWISE_CONV2D_CPU(plain) FASTCONV_DEPTHWISE_CON
 // depthwise_conv2d_grad_weight_workspace(shape) values of accumulate_t<T>, then in a fixed order.
 int64_t depthwise_conv2d_grad_weight_workspace(const DepthwiseConv2dShape& shape);
 
-#define FASTCONV_DEPTHWISE_CONV2D_CUDA(variant)                                                             \
-  template <typename T>                                                                                     \
-  void depthwise_conv2d_##variant##_forward_cuda(const T* input, const T* weight, const T* bias, T* output, \
-                                                 const DepthwiseConv2dShape& shape, Activation activation,  \
-                                                 void* stream);                                             \
-  template <typename T>                                                                                     \
-  void depthwise_conv2d_##variant##_grad_input_cuda(const T* grad_output, const T* weight, T* grad_input,   \
-                                                    const DepthwiseConv2dShape& shape, void* stream);       \
-  template <typename T>                                                                                     \
-  void depthwise_conv2d_##variant##_grad_weight_cuda(const T* grad_output, const T* input, T* grad_weight,  \
-                                                     T* grad_bias, accumulate_t<T>* workspace,              \
-                                                     const DepthwiseConv2dShape& shape, void* stream);
+#define FASTCONV_DEPTHWISE_CONV2D_CUDA(result, variant)                                                      \
+  template <typename T>                                                                                      \
+  result depthwise_conv2d_##variant##_forward_cuda(const T* input, const T* weight, const T* bias,           \
+                                                   T* output, const DepthwiseConv2dShape& shape,             \
+                                                   Activation activation, void* stream);                     \
+  template <typename T>                                                                                      \
+  result depthwise_conv2d_##variant##_grad_input_cuda(const T* grad_output, const T* weight, T* grad_input,  \
+                                                      const DepthwiseConv2dShape& shape, void* stream);      \
+  template <typename T>                                                                                      \
+  result depthwise_conv2d_##variant##_grad_weight_cuda(const T* grad_output, const T* input, T* grad_weight, \
+                                                       T* grad_bias, accumulate_t<T>* workspace,             \
+                                                       const DepthwiseConv2dShape& shape, void* stream);
 
-FASTCONV_DEPTHWISE_CONV2D_CUDA(plain)
-FASTCONV_DEPTHWISE_CONV2D_CUDA(tiled)
+FASTCONV_DEPTHWISE_CONV2D_CUDA(void, plain)
+FASTCONV_DEPTHWISE_CONV2D_CUDA(bool, tiled)  // false, and nothing done: no tile fits in shared memory
 
 }  // namespace fastconv

@@ -9,8 +9,7 @@
 // Before it (plain): KH * KW loads from global memory for each output; here about K / columns from shared
 // memory. Limits: K = 3, 5, 7 at stride 1, 2 without dilation and multiplier are compiled in; other sizes
 // read their taps in a
-//   loop; a halo that does not fit in shared memory (dilation * (K - 1) beyond about 100) goes to the plain
-//   kernel.
+//   loop; a halo that does not fit in shared memory (dilation * (K - 1) beyond about 100) is refused.
 
 #include <utility>
 
@@ -265,11 +264,10 @@ bool convolve(const T* input, const T* weight, const T* bias, T* output, const D
 }  // namespace
 
 template <typename T>
-void depthwise_conv2d_tiled_forward_cuda(const T* input, const T* weight, const T* bias, T* output,
+bool depthwise_conv2d_tiled_forward_cuda(const T* input, const T* weight, const T* bias, T* output,
                                          const DepthwiseConv2dShape& shape, Activation activation,
                                          void* stream) {
-  if (!convolve(input, weight, bias, output, shape, activation, false, stream))
-    depthwise_conv2d_plain_forward_cuda(input, weight, bias, output, shape, activation, stream);
+  return convolve(input, weight, bias, output, shape, activation, false, stream);
 }
 
 template <typename T>
@@ -285,7 +283,7 @@ bool depthwise_conv2d_turned_forward_cuda(const T* grad_output, const T* weight,
 }
 
 #define FASTCONV_INSTANTIATE(T)                                                                              \
-  template void depthwise_conv2d_tiled_forward_cuda<T>(const T*, const T*, const T*, T*,                     \
+  template bool depthwise_conv2d_tiled_forward_cuda<T>(const T*, const T*, const T*, T*,                     \
                                                        const DepthwiseConv2dShape&, Activation, void*);      \
   template bool depthwise_conv2d_turned_forward_cuda<T>(const T*, const T*, T*, const DepthwiseConv2dShape&, \
                                                         void*);

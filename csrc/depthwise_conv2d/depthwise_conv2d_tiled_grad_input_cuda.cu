@@ -9,8 +9,7 @@
 // Bytes: grad_output and grad_input once, and the halo again (from L2).
 // Before it (plain): every tap is tried, and three of four fail at stride 2.
 // Limits: K = 3, 5, 7 at stride 2 are compiled in; other sizes step through their taps; a halo too large for
-// shared
-//   memory goes to the plain kernel.
+//   shared memory is refused.
 
 #include <numeric>
 
@@ -181,11 +180,11 @@ TapStep tap_step(int64_t stride, int64_t dilation) {
 }  // namespace
 
 template <typename T>
-void depthwise_conv2d_tiled_grad_input_cuda(const T* grad_output, const T* weight, T* grad_input,
+bool depthwise_conv2d_tiled_grad_input_cuda(const T* grad_output, const T* weight, T* grad_input,
                                             const DepthwiseConv2dShape& s, void* stream) {
-  if (s.batch * s.in_channels * s.in_height * s.in_width == 0) return;
+  if (s.batch * s.in_channels * s.in_height * s.in_width == 0) return true;
   check_tiled(s);
-  if (depthwise_conv2d_turned_forward_cuda(grad_output, weight, grad_input, s, stream)) return;
+  if (depthwise_conv2d_turned_forward_cuda(grad_output, weight, grad_input, s, stream)) return true;
   const Source<T> source{grad_output, s.batch, s.out_channels, int(s.out_height), int(s.out_width)};
   if (s.stride_height == 2) {
     const bool done = dispatch_walk<T>(s, [&]<int K, int S, bool ChannelsLast>() {
@@ -200,16 +199,14 @@ void depthwise_conv2d_tiled_grad_input_cuda(const T* grad_output, const T* weigh
                         source, weight, grad_input, s, t, rows, columns);
       }
     });
-    if (done) return;
+    if (done) return true;
   }
 
   Tiling t;
   if (!any_tiling(t, source, s.channels_last, s.in_height, s.in_width,
                   {1, (s.kernel_height - 1) * s.dilation_height, s.stride_height},
-                  {1, (s.kernel_width - 1) * s.dilation_width, s.stride_width}, int(s.multiplier()))) {
-    depthwise_conv2d_plain_grad_input_cuda(grad_output, weight, grad_input, s, stream);
-    return;
-  }
+                  {1, (s.kernel_width - 1) * s.dilation_width, s.stride_width}, int(s.multiplier())))
+    return false;
   const TapStep down = tap_step(s.stride_height, s.dilation_height),
                 right = tap_step(s.stride_width, s.dilation_width);
   const unsigned grid = grid_size(tile_count(t, s.batch, s.channels_last));
@@ -220,10 +217,11 @@ void depthwise_conv2d_tiled_grad_input_cuda(const T* grad_output, const T* weigh
     FASTCONV_LAUNCH((depthwise_conv2d_tiled_any_grad_input_kernel<T, false>), grid, t.threads, t.shared_bytes,
                     stream, source, weight, grad_input, s, t, down, right);
   }
+  return true;
 }
 
 #define FASTCONV_INSTANTIATE(T)                                                   \
-  template void depthwise_conv2d_tiled_grad_input_cuda<T>(const T*, const T*, T*, \
+  template bool depthwise_conv2d_tiled_grad_input_cuda<T>(const T*, const T*, T*, \
                                                           const DepthwiseConv2dShape&, void*);
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 

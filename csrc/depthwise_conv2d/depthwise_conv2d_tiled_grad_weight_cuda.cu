@@ -244,10 +244,10 @@ int64_t depthwise_conv2d_grad_weight_workspace(const DepthwiseConv2dShape& s) {
 }
 
 template <typename T>
-void depthwise_conv2d_tiled_grad_weight_cuda(const T* grad_output, const T* input, T* grad_weight,
+bool depthwise_conv2d_tiled_grad_weight_cuda(const T* grad_output, const T* input, T* grad_weight,
                                              T* grad_bias, accumulate_t<T>* workspace,
                                              const DepthwiseConv2dShape& s, void* stream) {
-  if (s.out_channels == 0) return;
+  if (s.out_channels == 0) return true;
   check_tiled(s);
   const Source<T> source{input, s.batch, s.in_channels, int(s.in_height), int(s.in_width)};
   const int64_t taps = s.kernel_height * s.kernel_width, slices = slice_count(s);
@@ -278,10 +278,11 @@ void depthwise_conv2d_tiled_grad_weight_cuda(const T* grad_output, const T* inpu
                   grid_size(ceil_div(s.out_channels * (taps + 1), 32)), dim3(32, reduce_threads), 0, stream,
                   workspace, grad_weight, grad_bias, s.out_channels,
                   narrow(taps, "kernel_height * kernel_width"), int(slices));
+  return true;
 }
 
 #define FASTCONV_INSTANTIATE(T)                                                                          \
-  template void depthwise_conv2d_tiled_grad_weight_cuda<T>(const T*, const T*, T*, T*, accumulate_t<T>*, \
+  template bool depthwise_conv2d_tiled_grad_weight_cuda<T>(const T*, const T*, T*, T*, accumulate_t<T>*, \
                                                            const DepthwiseConv2dShape&, void*);
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 

@@ -1,8 +1,7 @@
 // The vectorized inner loops of forward and grad_input: a few columns of one or two rows of outputs.
 //
-// One step: 8 (or 7) pixels of one or two output rows in registers. Each input pixel is loaded once for a row
-// of
-//   taps and added into every output it reaches: K + 7 loads for 8 K or 16 K multiply-adds.
+// One step: 8 (or 7) pixels of one or two output rows in registers. Each input pixel is loaded once for a
+//   row of taps and added into every output it reaches: K + 7 loads for 8 K or 16 K multiply-adds.
 #pragma once
 
 #include "depthwise_conv2d_vectorized_cpu.h"
