@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fastconv import backends
-from fastconv._timing import interleave, wall_clock
+from fastconv._timing import interleave, keep_freed_memory, wall_clock
 from fastconv.ceilings import Ceilings, measure
 
 FOLDER = Path(__file__).resolve().parent
@@ -378,7 +378,8 @@ class Problem:
 
 
 def _settle(device: str, contenders: Iterable[Contender]) -> None:
-    """PyTorch at its best, and float32 as float32 on both sides: no tf32."""
+    """PyTorch at its best, float32 as float32 on both sides (no tf32), and no page faults in between."""
+    keep_freed_memory()
     if "cuda" in device:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False

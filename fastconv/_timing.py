@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 Stopwatch = Callable[[Callable[[], Any], int], float]
 
@@ -89,3 +93,15 @@ def interleave(
         if seconds is not None and done >= 2 and time.perf_counter() - start > seconds:
             break
     return measured
+
+
+def keep_freed_memory() -> None:
+    """Has glibc's malloc keep what a process frees, for the rest of the process; elsewhere nothing.
+
+    By default a large tensor may go back to the system and come again page by page: a fault for every 4 KiB,
+    more than many a kernel takes, and which of two contenders pays is luck.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28), (M_MMAP_MAX, 0)):
+            mallopt(parameter, value)
