@@ -117,7 +117,8 @@ def test_doctor_names_the_command_for_what_is_missing(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "libfastconv_kernels.so is not built" in result.stdout
     # Whoever runs these copies has no checkout, whatever is installed beside them.
-    assert "C++ kernels: pip install --no-build-isolation .  (in a checkout of" in result.stdout
+    (mend,) = [line for line in result.stdout.splitlines() if "  C++ kernels, CUDA emulator" in line]
+    assert "pip install --no-build-isolation .  (in a checkout of" in mend
     assert "To mend:" in result.stdout and "Nothing" not in result.stdout
 
 
@@ -126,7 +127,8 @@ def test_doctor_has_nothing_to_mend_but_says_why_no():
 
     assert verdict([], False) == ["Nothing is missing: every backend can run here."]
     assert verdict([], True) == ['Nothing to mend; the reason for each "no" stands above.']
-    assert verdict([("nvcc", "install it")], True) == ["To mend:", "  nvcc: install it"]
+    repairs = [("nvcc", "install it"), ("C++ kernels", "build"), ("CUDA emulator", "build")]
+    assert verdict(repairs, True) == ["To mend:", "  nvcc: install it", "  C++ kernels, CUDA emulator: build"]
 
 
 @pytest.fixture

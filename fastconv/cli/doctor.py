@@ -67,8 +67,11 @@ def run(args: argparse.Namespace) -> int:
 
 def verdict(repairs: list[tuple[str, str]], some_cannot: bool) -> list[str]:
     """The last lines: the commands that mend what is missing, or that there is nothing to mend."""
-    if repairs:
-        return ["To mend:", *(f"  {what}: {repair}" for what, repair in repairs)]
+    mends: dict[str, list[str]] = {}
+    for what, repair in repairs:
+        mends.setdefault(repair, []).append(what)
+    if mends:
+        return ["To mend:", *(f"  {', '.join(what)}: {repair}" for repair, what in mends.items())]
     if some_cannot:
         return ['Nothing to mend; the reason for each "no" stands above.']
     return ["Nothing is missing: every backend can run here."]
