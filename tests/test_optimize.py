@@ -5,6 +5,7 @@ import io
 import pickle
 import random
 import sys
+import warnings
 
 import numpy
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import fastconv
 from fastconv.nn import DepthwiseConv2d
 
+SWAP = sys.modules["fastconv.optimize._swap"]
 TRIAL = sys.modules["fastconv.optimize._trial"]
 HAS_KERNEL = fastconv.available("depthwise_conv2d", DEVICE)[0] in ("cpu", "cuda")
 needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="no compiled kernel here")
@@ -52,6 +54,7 @@ def times(monkeypatch):
             return {"before": [before], "after": [after]}
 
         monkeypatch.setattr(TRIAL, "interleave", interleave)
+        monkeypatch.setattr(SWAP, "busy", lambda threads: None)
 
     set_times(2.0, 1.0)
     return set_times
@@ -486,6 +489,28 @@ def test_report_prints(times):
     console.print(report)
     assert "reference" in console.file.getvalue()
     assert report.as_dict()["layers"][2]["kernel"] == "reference"
+
+
+def test_measuring_warns_once_on_a_busy_machine(times, monkeypatch):
+    monkeypatch.setattr(SWAP, "busy", lambda threads: "others are busy")
+    with pytest.warns(UserWarning, match="others are busy") as caught:
+        fastconv.optimize(network(), images(), backend="reference")
+    assert len([warning for warning in caught if "others are busy" in str(warning.message)]) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastconv.optimize(network(), backend="reference")  # it measures nothing
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_measuring_shows_its_progress_on_a_terminal(times, monkeypatch, capsys, terminal):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    fastconv.optimize(network(), images(), backend="reference")
+    captured = capsys.readouterr()
+    assert ("layers: 6" in captured.err and "2/2" in captured.err) == terminal
+    assert captured.out == "" and (terminal or captured.err == "")
 
 
 def test_report_says_a_reason_once_for_all_layers_it_holds_for():

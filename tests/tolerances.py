@@ -24,8 +24,8 @@ class Tolerance(NamedTuple):
 
 TOLERANCES = {
     # Kernels add in blocks, and round fewer times than R: a c of 1 holds; 2 leaves room for an activation.
-    # Here the reference is rounded as much as the kernel, and each evaluation of an activation's gradient costs
-    # units of its own: up to 7 of the largest value for gelu_tanh, against extended precision.
+    # Here the reference is rounded as much as the kernel, and each evaluation of an activation's gradient
+    # costs units of its own: up to 7 of the largest value for gelu_tanh, against extended precision.
     torch.float64: Tolerance(6.0, torch.float64),
     # exp and erf in float32 are good to a few units in the last place, on top of the sum's own error.
     torch.float32: Tolerance(3.0, torch.float32),

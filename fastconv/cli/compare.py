@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from .._format import milliseconds, progress_bars
-from .._timing import interleave, wall_clock
+from .._timing import interleave, keep_freed_memory, wall_clock
 from ..backends import BACKENDS
 from . import UserError
 from ._model import DTYPES, LAYOUTS, add_model_arguments, build, console, input_size, positive, warn_if_busy
@@ -153,6 +153,7 @@ def _compare(
     from ..optimize._swap import optimize_with_progress
 
     training = mode == "training"
+    keep_freed_memory()
     model.train(training)
     optimized = copy.deepcopy(model)
     task = progress.add_task(f"{mode}: layers", total=None)

@@ -99,10 +99,7 @@ class Operator:
 
     def __call__(self, backend: str, *arguments: Any) -> Any:
         """Runs the operator with one backend's kernels, differentiably."""
-        overload = OVERLOADS[backend]
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and _any_requires_grad(arguments):
-            return self._functions[overload].apply(*arguments)
-        return self._ops[overload](*arguments)
+        return self._ops[OVERLOADS[backend]](*arguments)
 
     def _launch_triton(self, *arguments: Any) -> Any:
         self._check(*arguments)

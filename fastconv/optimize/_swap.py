@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-from .._format import milliseconds
+from .._format import milliseconds, progress_on_terminal
+from .._timing import busy
 from ..cost import is_layer
 from ..nn._rules import Rule, check_backend, rule_for, rules
 from ._report import EACH_CALL, REPORTS, SWAPPED_FROM, LayerReport, Report
@@ -49,6 +52,8 @@ def optimize(
     do run. Without ``example_input`` every layer that has a kernel changes hands, unmeasured. A second call
     looks again at the layers it selects and leaves the others as they are.
 
+    On a terminal a bar shows how far the measuring is; a warning says when other programs disturb it.
+
     Args:
         model: any module.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments.
@@ -65,7 +70,10 @@ def optimize(
         OptimizeError: ``strict``, and a layer could not be swapped, lost, or gave other numbers.
         ValueError, TypeError: an argument is wrong, or a glob matches no module.
     """
-    return optimize_with_progress(model, example_input, only, exclude, backend, strict, lambda *_: None)
+    if example_input is not None and (warning := busy(torch.get_num_threads())):
+        warnings.warn(warning, stacklevel=2)
+    with progress_on_terminal("layers") as progress:
+        return optimize_with_progress(model, example_input, only, exclude, backend, strict, progress)
 
 
 def optimize_with_progress(
