@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastconv.ceilings import Ceilings
+from fastconv.cli._roofline import draw_roof
 
 from .harness import FOLDER, PASSES
 
@@ -274,13 +275,7 @@ def _roofline(result: dict) -> Any:
     ceilings = Ceilings.from_dict(result["ceilings"])
     peak = ceilings.arithmetic_rate(result["dtype"])
     figure, axes = plt.subplots(figsize=(8, 5))
-    intensities = [2.0 ** (quarter / 4) for quarter in range(-8, 45)]
-    rates = {"main memory": ceilings.bytes_per_second}
-    if ceilings.copy_rates:
-        rates["cache"] = max(ceilings.copy_rates.values())
-    for (name, rate), line in zip(rates.items(), ("-", "--")):
-        roof = [min(peak, rate * value) / 1e9 for value in intensities]
-        axes.plot(intensities, roof, line, color="black", label=f"limit from {name}")
+    intensities: list[float] = []
     for kernel, direction, marker, color in (
         ("torch", "forward", "o", "tab:orange"),
         ("torch", "backward", "s", "tab:orange"),
@@ -294,7 +289,9 @@ def _roofline(result: dict) -> Any:
         ]
         if points:
             x, y = zip(*points)
+            intensities += x
             axes.scatter(x, y, marker=marker, color=color, alpha=0.7, label=f"{kernel}, {direction}")
+    draw_roof(axes, ceilings, peak, intensities)
     axes.set(
         xscale="log",
         yscale="log",

@@ -21,7 +21,7 @@ def draw(reports: dict[str, Any], title: str, path: Path) -> None:
         layers = [row for row in report.rows if row.seconds_after and row.timed_macs]
         points = [(2 * row.timed_macs / row.timed_bytes, row) for row in layers]
         if ceilings is not None:
-            _roof(panel, ceilings, [x for x, _ in points])
+            draw_roof(panel, ceilings, ceilings.flops_per_second, [x for x, _ in points])
         for x, row in points:
             before, after = (2e-9 * row.timed_macs / s for s in (row.seconds_before, row.seconds_after))
             colour = "tab:green" if row.kernel else "tab:red"
@@ -53,8 +53,9 @@ def draw(reports: dict[str, Any], title: str, path: Path) -> None:
         pyplot.close(figure)
 
 
-def _roof(panel: Any, ceilings: Any, intensities: list[float]) -> None:
-    peak, rate = ceilings.flops_per_second, ceilings.bytes_per_second
+def draw_roof(panel: Any, ceilings: Any, peak: float, intensities: list[float]) -> None:
+    """The limits of memory, of the cache (dotted) and of ``peak`` FLOP/s, as wide as the intensities reach."""
+    rate = ceilings.bytes_per_second
     ridge = peak / rate
     left, right = min([*intensities, ridge]) / 2, max([*intensities, ridge]) * 2
     panel.plot([left, ridge, right], [1e-9 * left * rate, 1e-9 * peak, 1e-9 * peak], color="black")
