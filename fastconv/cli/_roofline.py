@@ -54,7 +54,7 @@ def draw(reports: dict[str, Any], title: str, path: Path) -> None:
 
 
 def draw_roof(panel: Any, ceilings: Any, peak: float, intensities: list[float]) -> None:
-    """The limits of memory, of the cache (dotted) and of ``peak`` FLOP/s, as wide as the intensities reach."""
+    """The limits of memory, cache (dotted) and ``peak`` FLOP/s, as wide as the intensities reach."""
     rate = ceilings.bytes_per_second
     ridge = peak / rate
     left, right = min([*intensities, ridge]) / 2, max([*intensities, ridge]) * 2
