@@ -39,7 +39,7 @@ _handlers: dict[Callable[..., Any], list[Handler]] = {}
 
 
 def replaces(
-    source: type[nn.Module], op: str, where: Callable[[nn.Module], bool]
+    source: type[nn.Module], op: str, where: Callable[[nn.Module], bool] = lambda _: True
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Class decorator: ``optimize`` turns modules of exactly type ``source`` into this class.
 
@@ -92,13 +92,22 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
 
 
-def no_kernel(op: str, backend: str | None, tensor: torch.Tensor) -> str | None:
-    """Why no kernel of an operator, or not the named backend, runs on such tensors; None if one does."""
+def no_kernel(op: str, backend: str | None, tensor: torch.Tensor | None = None) -> str | None:
+    """Why no kernel of an operator, or not the named backend, runs on such tensors; None if one does.
+
+    For a module without parameters, whose device nothing tells: why none runs on any tensor here.
+    """
     known = CHOICES[op].algorithms
     if backend is not None and backend not in known:
         return f"{op} has no backend {backend!r}; it has {tuple(known)}"
     wanted = [backend] if backend else [name for name in ("cpu", "cuda", "triton") if name in known]
-    reasons = {name: why_not(name, tensor.device.type, tensor.dtype) for name in wanted}
+    device, dtype = (None, torch.float32) if tensor is None else (tensor.device.type, tensor.dtype)
+    reasons = {name: why_not(name, device or _device_for(name), dtype) for name in wanted}
     if None in reasons.values():
         return None
     return "; ".join(f"backend {name!r} cannot run here: {reason}" for name, reason in reasons.items())
+
+
+def _device_for(backend: str) -> str:
+    """The device of a backend's tensors; the CPU where there is no GPU, for the reason that names it."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..backends import Choice
-from ._arguments import check_tensor, integer
+from ._arguments import DTYPES, check_tensor, integer
 from ._operator import Operator, fold_into_batch, memory_format_of, new_output
 
 
@@ -38,7 +38,8 @@ def channel_shuffle(
     Args:
         input: ``(N, C, H, W)``; float32, bfloat16, float16 or float64.
         groups: G, a divisor of C.
-        backend: see :mod:`fastconv.backends`; None takes the measured best.
+        backend: see :mod:`fastconv.backends`; None takes the measured best; on the CPU that is PyTorch's
+            own, but for channels_last with 3 groups, or 3 channels in each, and 2, 4 or 8 if not float32.
         algorithm: a kernel of the backend: ``"vectorized"``, ``"plain"`` on the CPU; ``"tiled"``,
             ``"plain"`` in CUDA; ``"plain"`` in Triton.
 
@@ -68,7 +69,20 @@ def _check(input: torch.Tensor, groups: int, algorithm: str | None = None) -> No
     choose.check_algorithm("triton", algorithm)
 
 
+def _prefer(input: torch.Tensor, groups: int) -> tuple[str, ...]:
+    if input.device.type == "cuda":
+        return "cuda", "triton"
+    if memory_format_of(input) == torch.channels_last:
+        # Of the groups that the vectorized kernel interleaves, those where PyTorch's transpose is slower.
+        sizes = (3,) if input.dtype == torch.float32 else (2, 3, 4, 8)
+        if groups in sizes or input.shape[1] in [groups * size for size in sizes]:
+            return ("cpu",)
+    return "aten", "cpu"
+
+
 def _why_not(backend: str, algorithm: str | None, input: torch.Tensor, groups: int) -> str | None:
+    if backend != "aten" and input.dtype not in DTYPES:
+        return f"no kernel for {str(input.dtype).removeprefix('torch.')}"
     if backend == "aten" and input.shape[1] == 0:
         return "the gradient of PyTorch's shuffle needs at least one channel"
     return None
@@ -84,6 +98,7 @@ choose = Choice(
         "aten": (),
         "reference": (),
     },
+    prefer=_prefer,
     why_not=_why_not,
 )
 
