@@ -126,7 +126,7 @@ def test_triton_interpreted_refuses_bfloat16():
 def test_library_that_is_not_built_says_how_to_build_it(monkeypatch, tmp_path):
     from fastconv import _library
 
-    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    monkeypatch.setattr(_library, "PACKAGE", tmp_path)
     reason = _library.load.__wrapped__("kernels")
     assert "libfastconv_kernels.so is not built" in reason and "pip install" in reason
 
