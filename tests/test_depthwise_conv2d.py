@@ -258,8 +258,15 @@ def test_geometry_of_blocks_of_channels(case, run):
     check(run, case, cached_problem(case, torch.float32, "channels_last", grad_output="channels_last"))
 
 
-# A grad_input, and an output, too large for the caches.
-HUGE = [Case((1, 32, 366, 363), stride=2, padding=1), Case((1, 32, 363, 366), padding=1, bias=False)]
+# A grad_input, and an output, too large for the caches; one whose channels are no whole vectors; and so many
+# channels, or taps, that they are done in several groups of blocks.
+HUGE = [
+    Case((1, 32, 366, 363), stride=2, padding=1),
+    Case((1, 32, 363, 366), padding=1, bias=False),
+    Case((1, 40, 330, 330), padding=1, bias=False),
+    Case((2, 70, 100, 11), stride=2, padding=1),
+    Case((1, 50, 5, 5), (31, 31), padding=15),
+]
 
 
 @for_runs([run for run in runs(OP) if not run.stands_in], case=(HUGE, []))
@@ -429,6 +436,19 @@ def test_nan_and_infinity_propagate(value, activation, layout, run):
     assert 0 < (~total.isfinite()).sum() < total.numel() / 2
     actual = depthwise_conv2d(input, weight, bias, *case.geometry, activation=activation, **run.keywords)
     assert_close(actual, activate(total, activation), torch.float32, 12)
+
+
+@pytest.mark.parametrize("run", [r for r in runs(OP, own=True) if r.backend == "cpu"], ids=str)
+@pytest.mark.parametrize("layout", DENSE)
+def test_infinite_taps_meet_no_padding(layout, run):
+    """0 * infinity is NaN: a pixel that is not there is not multiplied."""
+    image = LAYOUTS[layout](torch.ones, (1, 16, 9, 9))
+    weight = torch.ones(16, 1, 3, 3)
+    weight[:, 0, 0, 0] = math.inf
+    output = depthwise_conv2d(image, weight, padding=1, **run.keywords)
+    inside = torch.zeros(9, 9, dtype=torch.bool)
+    inside[1:, 1:] = True
+    assert (output.isinf() == inside).all() and not output.isnan().any()
 
 
 @st.composite

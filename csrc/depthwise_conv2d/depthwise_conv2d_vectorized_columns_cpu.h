@@ -14,7 +14,8 @@ template <typename A>
 struct Strip {
   Block<const A> input;  // of the first block of channels
   Block<A> output;
-  int64_t blocks, last_lane;  // the last block starts at channel last_lane, which may overlap the one before
+  int64_t blocks, last_lane;  // the last block starts last_lane channels after the first: it may overlap the
+                              // one before, also that of another group (then last_lane is negative)
   const Geometry* geometry;
   const Phase* phase;
   const A* taps;        // (blocks, ..., taps_high, taps_wide, L)
@@ -34,13 +35,11 @@ struct ColumnsKernel {
 };
 
 // Adds a row of the input to P outputs, S pixels apart, in each of R output rows: row q meets the J taps at
-// taps[q], one pixel apart. `first` is the column of input[0]; only if Edge may columns lie outside the row,
-// where they count as zeros.
+// taps[q], one pixel apart. `first` is the column of input[0]; only if Edge may columns lie outside the row.
 template <int J, int S, int P, int R, bool Edge, typename A>
 inline __attribute__((always_inline)) void add_taps(Vector<A> (*sum)[P], const A* input, int64_t pixel_stride,
                                                     const A* const (&taps)[R], int64_t first, int64_t width) {
   constexpr int L = lanes_of<A>;
-  alignas(64) static const A zeros[L] = {};
   Vector<A> tap[R][J];
 #pragma GCC unroll 2
   for (int q = 0; q < R; ++q)
@@ -49,13 +48,8 @@ inline __attribute__((always_inline)) void add_taps(Vector<A> (*sum)[P], const A
 #pragma GCC unroll 32
   for (int p = 0; p < (P - 1) * S + J; ++p) {
     if (S > J && p % S >= J) continue;  // no tap reaches it
-    const A* pixel = input + p * pixel_stride;
-    if constexpr (Edge) {
-      const bool inside = uint64_t(first + p) < uint64_t(width);
-      if (J * R >= 5 && !inside) continue;  // many products saved for one jump
-      pixel = inside ? pixel : zeros;
-    }
-    Vector<A> x = load_vector(pixel);
+    if (Edge && uint64_t(first + p) >= uint64_t(width)) continue;
+    Vector<A> x = load_vector(input + p * pixel_stride);
     keep_in_register(x);
 #pragma GCC unroll 2
     for (int q = 0; q < R; ++q)
@@ -71,32 +65,28 @@ struct RowView {
   const A* input;                                // the first tap's row, column 0 of the image
   const A* taps;                                 // (blocks, ..., taps_high, taps_wide, L)
   A* output;                                     // the phase's column 0
-  const A* bias;                                 // (blocks, L), or null
-  int64_t taps_stride, last_lane;                // as in Strip
   int64_t input_row_stride, input_pixel_stride;  // input_row_stride: between two taps
   int64_t output_row_stride, output_pixel_stride;
   int64_t begin, end;  // taps (R = 2: input rows) that lie inside the image
   int64_t taps_high, taps_wide, stride, dilation, left, in_width;
-  bool accumulate, streams;
-  Activation activation;
 };
 
 // P outputs from `column`, in R rows, of one block of channels. K: taps in a row if known at compile time,
 // else 0; S: their stride if it is 1 or 2 and taps are one pixel apart, else 0. Two rows share the input rows
 // between them.
 template <int K, int S, int P, int R, bool Edge, typename A>
-inline __attribute__((always_inline)) void compute_outputs(const RowView<A>& row, int64_t column,
-                                                           int64_t block) {
+inline __attribute__((always_inline)) void compute_outputs(const Strip<A>& strip, const RowView<A>& row,
+                                                           int64_t column, int64_t block) {
   static_assert(R == 1 || K > 0);
   constexpr int L = lanes_of<A>;
-  const int64_t lane = std::min(block * L, row.last_lane);
+  const int64_t lane = std::min(block * L, strip.last_lane);
   const int64_t pixel_stride = row.input_pixel_stride, tap_row = row.taps_wide * L;
   const int64_t first = column * row.stride - row.left;
   const A* input = row.input + lane + first * pixel_stride + row.begin * row.input_row_stride;
-  const A* taps = row.taps + block * row.taps_stride + row.begin * tap_row;
+  const A* taps = row.taps + block * strip.taps_stride + row.begin * tap_row;
 
   Vector<A> sum[R][P];
-  const Vector<A> start = row.bias ? load_vector(row.bias + block * L) : Vector<A>{};
+  const Vector<A> start = strip.bias ? load_vector(strip.bias + block * L) : Vector<A>{};
 #pragma GCC unroll 2
   for (int q = 0; q < R; ++q)
 #pragma GCC unroll 8
@@ -153,8 +143,8 @@ inline __attribute__((always_inline)) void compute_outputs(const RowView<A>& row
       for (int p = 0; p < P; ++p)
         store_one(output + q * row.output_row_stride + p * row.output_pixel_stride, sum[q][p]);
   };
-  if (!row.accumulate && row.activation == Activation::none) {
-    if (row.streams) return store_all([](A* target, Vector<A> value) { stream_vector(target, value); });
+  if (!strip.accumulate && strip.activation == Activation::none) {
+    if (strip.streams) return store_all([](A* target, Vector<A> value) { stream_vector(target, value); });
     return store_all([](A* target, Vector<A> value) { store_vector(target, value); });
   }
   Vector<A> total[R][P];  // a copy: an array that a loop runs over lies in memory
@@ -165,8 +155,8 @@ inline __attribute__((always_inline)) void compute_outputs(const RowView<A>& row
   for (int q = 0; q < R; ++q)
     for (int p = 0; p < P; ++p) {
       A* target = output + q * row.output_row_stride + p * row.output_pixel_stride;
-      if (row.accumulate) total[q][p] += load_vector(target);
-      store_vector(target, activate_vector<A>(total[q][p], row.activation));
+      if (strip.accumulate) total[q][p] += load_vector(target);
+      store_vector(target, activate_vector<A>(total[q][p], strip.activation));
     }
 }
 
@@ -175,7 +165,7 @@ template <int K, int S, int P, int R, bool Edge, typename A>
 void compute_blocks(const Strip<A>& strip, const RowView<A>& row, int64_t column) {
   for (int64_t block = 0; block < strip.blocks; ++block) {
     if (strip.next) strip.next->ask();
-    compute_outputs<K, S, P, R, Edge, A>(row, column, block);
+    compute_outputs<K, S, P, R, Edge, A>(strip, row, column, block);
   }
 }
 
@@ -190,9 +180,6 @@ void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t
   view.taps = strip.taps;
   view.output = strip.output.data + (phase.first_row + row * phase.row_step) * strip.output.row_stride +
                 phase.first_column * strip.output.pixel_stride;
-  view.bias = strip.bias;
-  view.taps_stride = strip.taps_stride;
-  view.last_lane = strip.last_lane;
   view.input_row_stride = dilation * strip.input.row_stride;
   view.input_pixel_stride = strip.input.pixel_stride;
   view.output_row_stride = phase.row_step * strip.output.row_stride;
@@ -207,9 +194,6 @@ void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t
   view.dilation = phase.dilation_width;
   view.left = phase.left;
   view.in_width = g.in_width;
-  view.accumulate = strip.accumulate;
-  view.streams = strip.streams;
-  view.activation = strip.activation;
 
   // Outputs [inner_begin, inner_end) read inside the row only.
   const int64_t stride = S > 0 ? S : g.stride_width;  // a constant divides in a cycle

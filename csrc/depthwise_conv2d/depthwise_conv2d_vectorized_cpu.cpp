@@ -11,32 +11,6 @@
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
 
-// Rows of the input that output rows [begin, end) of any phase read.
-std::pair<int64_t, int64_t> input_rows(const Geometry& g, int64_t begin, int64_t end) {
-  int64_t low = g.in_height, high = 0;
-  for (const Phase& phase : g.phases) {
-    if (phase.taps_high == 0 || phase.taps_wide == 0) continue;
-    const int64_t first =
-        (std::max<int64_t>(begin - phase.first_row, 0) + phase.row_step - 1) / phase.row_step;
-    const int64_t last = (end - 1 - phase.first_row) / phase.row_step;
-    low = std::min(low, first * g.stride_height - phase.top);
-    high = std::max(high,
-                    last * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top + 1);
-  }
-  low = std::clamp<int64_t>(low, 0, g.in_height);
-  return {low, std::clamp<int64_t>(high, low, g.in_height)};
-}
-
-// The most rows of the input that `rows` rows of the output read, begun at a multiple of the phases' step.
-int64_t most_input_rows(const Geometry& g, int64_t rows) {
-  int64_t low = 0, high = 0;  // relative to the first row's
-  for (const Phase& phase : g.phases) {
-    low = std::min(low, -phase.top);
-    high = std::max(high, (phase.taps_high - 1) * phase.dilation_height + 1 - phase.top);
-  }
-  return std::min((ceil_div(rows, g.phases[0].row_step) - 1) * g.stride_height + high - low, g.in_height);
-}
-
 // Adds the pixels that columns [begin, end) of two rows of every phase are the first to read, and these
 // outputs if they are to be in the cache.
 template <typename T>
@@ -89,8 +63,8 @@ class Convolution {
   const T* bias_;
   int64_t batch_, weight_taps_, step_, divide_;
   Activation activation_;
-  bool in_place_, streams_, by_seven_;
-  int64_t blocks_, group_, packed_, columns_;
+  bool in_place_, streams_;
+  int64_t blocks_, group_, packed_, columns_, pixels_;
   std::vector<ColumnsKernel<A>> kernels_;
 };
 
@@ -120,13 +94,14 @@ Convolution<T>::Convolution(const T* input, int64_t in_channels, T* output, int6
   // An output that fills a large share of the L3 cache would not be there when it is read next, and reading
   // its lines before they are written would only cost time.
   const int64_t output_bytes = batch * out_channels * g.out_height * g.out_width * int64_t(sizeof(A));
-  streams_ = in_place_ && output_bytes > (16 << 20) && out_channels % L == 0 &&
+  streams_ = in_place_ && std::is_same_v<A, float> && activation == Activation::none &&
+             output_bytes > (16 << 20) && out_channels % L == 0 &&
              reinterpret_cast<uintptr_t>(output) % vector_bytes == 0;
   columns_ = phase_columns(g, g.phases[0]);  // no phase has more
-  by_seven_ = columns_ % 8 != 0 && columns_ % 7 == 0;
+  pixels_ = pixels_at_once(columns_);
   for (const Phase& phase : g.phases)
-    kernels_.push_back(by_seven_ ? choose_columns_kernel<7, A>(g, phase)
-                                 : choose_columns_kernel<8, A>(g, phase));
+    kernels_.push_back(pixels_ == 7 ? choose_columns_kernel<7, A>(g, phase)
+                                    : choose_columns_kernel<8, A>(g, phase));
 }
 
 template <typename T>
@@ -201,7 +176,7 @@ void Convolution<T>::compute_strip(Strip<A>& strip, const Image<const T>& source
   // In place, all blocks take turns on a few columns, so that memory is read in the order in which it lies;
   // meanwhile the next few are asked for.
   const int64_t tiles = ceil_div(4, group_);
-  const int64_t columns_at_once = in_place_ ? (by_seven_ ? 7 : 8) * tiles : columns_;
+  const int64_t columns_at_once = in_place_ ? pixels_ * tiles : columns_;
   const bool prefetched = in_place_ && group_ == blocks_;  // else a pixel's channels do not follow each other
   Prefetch next;
   strip.next = prefetched ? &next : nullptr;

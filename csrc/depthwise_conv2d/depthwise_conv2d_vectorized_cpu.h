@@ -75,7 +75,7 @@ class Prefetch {
 
  private:
   static constexpr int64_t line = 64;
-  static constexpr int most = 8;
+  static constexpr int most = 8;  // runs; more, of rows too short to matter, are not asked for
   struct Run {
     const char *begin, *end;
     int64_t part;
@@ -96,8 +96,8 @@ class Prefetch {
   int size_ = 0;
 };
 
-// Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes hold anything
-// finite that the image holds. In a contiguous image the rows of a channel are one run, transposed L pixels
+// Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes repeat the
+// last. In a contiguous image the rows of a channel are one run, transposed L pixels
 // at a time.
 template <typename T, typename A>
 void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,
@@ -163,6 +163,35 @@ void store_tile(const Image<T>& image, const Lanes& lanes, int64_t count, int64_
     for (int lane = 0; lane < count; ++lane)
       store(&runs[lane * image.channel_stride() + k], tile[k * L + lane]);
 }
+
+// Rows of the input that output rows [begin, end) of any phase read.
+inline std::pair<int64_t, int64_t> input_rows(const Geometry& g, int64_t begin, int64_t end) {
+  int64_t low = g.in_height, high = 0;
+  for (const Phase& phase : g.phases) {
+    if (phase.taps_high == 0 || phase.taps_wide == 0) continue;
+    const int64_t first =
+        (std::max<int64_t>(begin - phase.first_row, 0) + phase.row_step - 1) / phase.row_step;
+    const int64_t last = (end - 1 - phase.first_row) / phase.row_step;
+    low = std::min(low, first * g.stride_height - phase.top);
+    high = std::max(high,
+                    last * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top + 1);
+  }
+  low = std::clamp<int64_t>(low, 0, g.in_height);
+  return {low, std::clamp<int64_t>(high, low, g.in_height)};
+}
+
+// The most rows of the input that `rows` rows of the output read, begun at a multiple of the phases' step.
+inline int64_t most_input_rows(const Geometry& g, int64_t rows) {
+  int64_t low = 0, high = 0;  // relative to the first row's
+  for (const Phase& phase : g.phases) {
+    low = std::min(low, -phase.top);
+    high = std::max(high, (phase.taps_high - 1) * phase.dilation_height + 1 - phase.top);
+  }
+  return std::min((ceil_div(rows, g.phases[0].row_step) - 1) * g.stride_height + high - low, g.in_height);
+}
+
+// Outputs of a row in registers at once: 7 where they fill its width, 8 do not.
+inline int64_t pixels_at_once(int64_t columns) { return columns % 8 != 0 && columns % 7 == 0 ? 7 : 8; }
 
 // Channels are cut into blocks of L. In place, the last block starts early rather than be short: it computes
 // some channels again, to the same bits.

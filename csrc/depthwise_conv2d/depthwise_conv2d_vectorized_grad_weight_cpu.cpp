@@ -199,15 +199,6 @@ void add_taps_of_block(A* sums, const FilterKernel<A>& kernel, const Block<const
   }
 }
 
-// Rows of x that rows [begin, end) of gy meet.
-std::pair<int64_t, int64_t> rows_of_input(const DepthwiseConv2dShape& s, int64_t begin, int64_t end) {
-  const int64_t first = begin * s.stride_height - s.padding_top;
-  const int64_t last =
-      (end - 1) * s.stride_height - s.padding_top + (s.kernel_height - 1) * s.dilation_height;
-  const int64_t low = std::clamp<int64_t>(first, 0, s.in_height);
-  return {low, std::clamp<int64_t>(last + 1, low, s.in_height)};
-}
-
 template <typename T>
 class WeightGradient {
  public:
@@ -217,6 +208,7 @@ class WeightGradient {
   WeightGradient(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
                  const DepthwiseConv2dShape& shape)
       : shape_(shape),
+        geometry_(forward_geometry(shape)),
         input_{input, shape.in_channels, shape.in_height, shape.in_width, shape.channels_last},
         grad_output_{grad_output, shape.out_channels, shape.out_height, shape.out_width, shape.channels_last},
         grad_weight_(grad_weight),
@@ -242,8 +234,8 @@ class WeightGradient {
     // A part of a slice: rows of one image that fit the cache.
     const int64_t row_bytes = int64_t(sizeof(A)) * group_ * L * (s.out_width + s.in_width * s.stride_height);
     part_rows_ = std::clamp<int64_t>((384 << 10) / row_bytes, 1, s.out_height);
-    const bool by_seven = s.out_width % 8 != 0 && s.out_width % 7 == 0;
-    kernel_ = by_seven ? choose_filter_kernel<7, A>(s) : choose_filter_kernel<8, A>(s);
+    kernel_ =
+        pixels_at_once(s.out_width) == 7 ? choose_filter_kernel<7, A>(s) : choose_filter_kernel<8, A>(s);
   }
 
   void run(ParallelFor threads) {
@@ -273,9 +265,7 @@ class WeightGradient {
     explicit Worker(const WeightGradient& of) {
       if (of.in_place_) return;
       const DepthwiseConv2dShape& s = of.shape_;
-      const int64_t in_rows =
-          (of.part_rows_ - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1;
-      in_tile.emplace(std::min(in_rows, s.in_height) * s.in_width * L);
+      in_tile.emplace(most_input_rows(of.geometry_, of.part_rows_) * s.in_width * L);
       grad_tile.emplace(of.part_rows_ * s.out_width * L);
     }
     std::optional<Scratch<A>> in_tile, grad_tile;
@@ -293,7 +283,7 @@ class WeightGradient {
     const int64_t first_block = group * group_;
     if (!in_place_) {
       const int64_t start = first_block * L, lanes = std::min(L, s.out_channels - start);
-      const auto [low, high] = rows_of_input(s, begin, end);
+      const auto [low, high] = input_rows(geometry_, begin, end);
       load_tile(x, Lanes{start, 1, s.multiplier(), 0}, lanes, low, high, worker.in_tile->data());
       load_tile(gy, Lanes{start}, lanes, begin, end, worker.grad_tile->data());
       add_block(sums, {worker.in_tile->data() - low * s.in_width * L, s.in_width * L, L},
@@ -308,8 +298,8 @@ class WeightGradient {
         worker.next.clear(group_);
         if (group_ == blocks_) {
           worker.next.add_pixels(gy, e_next, e_next + rows_at_once, 0, s.out_width);
-          worker.next.add_pixels(x, rows_of_input(s, e, e_next).second,
-                                 rows_of_input(s, e_next, e_next + rows_at_once).second, 0, s.in_width);
+          worker.next.add_pixels(x, input_rows(geometry_, e, e_next).second,
+                                 input_rows(geometry_, e_next, e_next + rows_at_once).second, 0, s.in_width);
         }
         for (int64_t block = first_block; block < last_block(group); ++block) {
           worker.next.ask();
@@ -348,6 +338,7 @@ class WeightGradient {
   }
 
   DepthwiseConv2dShape shape_;
+  Geometry geometry_;  // which rows of x meet which of gy
   Image<const T> input_, grad_output_;
   T *grad_weight_, *grad_bias_;
   int64_t taps_, block_sums_;
