@@ -158,6 +158,7 @@ DTYPE_CASES = [
 LAYOUT_CASES = [
     Case((2, 5, 8, 9), padding=1),
     Case((2, 4, 6, 7), (5, 5), stride=2, padding=2, multiplier=2, activation="silu"),
+    Case((2, 1, 4, 5), padding=1, multiplier=2),  # one channel can be channels_last, its outputs are two
 ]
 # One pixel or one channel: the strides alone do not tell contiguous from channels_last.
 AMBIGUOUS = [

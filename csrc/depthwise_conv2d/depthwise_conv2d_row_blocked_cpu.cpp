@@ -130,7 +130,7 @@ void depthwise_conv2d_row_blocked_grad_input_cpu(const T* grad_output, const T* 
           for (int64_t m = 0; m < multiplier; ++m) {
             const T* gy = output_row(grad_output, s, n, c * multiplier + m, down / s.stride_height);
             const T* w = weight + (c * multiplier + m) * taps + i * s.kernel_width + j;
-            if (lines == 1) {
+            if (!s.channels_last) {
               const A factor = load(*w);
               for (int64_t k = f.begin; k < f.end; ++k)
                 sums[k * s.stride_width + offset] += factor * load(gy[k]);
