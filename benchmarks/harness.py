@@ -22,9 +22,9 @@ import torch
 from fastconv import backends
 from fastconv._timing import interleave, keep_freed_memory, wall_clock
 from fastconv.ceilings import Ceilings, measure
+from fastconv.cli._model import LAYOUTS
 
 FOLDER = Path(__file__).resolve().parent
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 PASSES = ("forward", "backward")
 SLOW = ("reference", "emulator")  # they define or emulate; timed only when asked for by name
 
@@ -186,7 +186,8 @@ def contenders(
     for backend in wanted:
         sides += [("fastconv", backend, algorithm) for algorithm in choice.algorithms[backend] or (None,)]
     found = [Contender(side, layout, *kernel) for side, *kernel in sides for layout in layouts]
-    has_weights = len(load(op).tensors(load(op).tiny, torch.Generator())) > 1
+    benchmark = load(op)
+    has_weights = len(benchmark.tensors(benchmark.tiny, torch.Generator())) > 1
     if has_weights and "torch" in peers and "nhwc" in layouts:
         # What a user gets who converts the images only.
         found.insert(len(layouts), Contender("torch", "nhwc", weight_layout="nchw"))

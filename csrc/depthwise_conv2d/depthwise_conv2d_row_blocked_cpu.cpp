@@ -5,25 +5,11 @@
 // Bytes: the input once from memory, the row of sums once for each tap from the L1 cache; that traffic is the
 //   limit, two loads and a store for each multiply-add.
 // Against plain: borders are cut off once a row instead of tested at every tap.
-#include <algorithm>
-#include <vector>
-
+#include "../common/geometry.h"
 #include "depthwise_conv2d.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
-
-// Outputs [begin, end) whose tap at `offset` (tap * dilation - padding) falls inside an axis of `size`
-// pixels.
-struct Range {
-  int64_t begin, end;
-};
-Range outputs_inside(int64_t offset, int64_t stride, int64_t size, int64_t outputs) {
-  const int64_t begin = std::clamp<int64_t>(ceil_div(-offset, stride), 0, outputs);
-  return {begin, std::clamp<int64_t>(ceil_div(size - offset, stride), begin, outputs)};
-}
 
 // A pass visits rows; a row is a strip of `lines` parallel channels (1 in contiguous tensors, all in
 // channels_last).

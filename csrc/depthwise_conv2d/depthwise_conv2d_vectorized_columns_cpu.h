@@ -63,7 +63,6 @@ inline __attribute__((always_inline)) void add_taps(Vector<A> (*sum)[P], const A
 template <typename A>
 struct RowView {
   const A* input;                                // the first tap's row, column 0 of the image
-  const A* taps;                                 // (blocks, ..., taps_high, taps_wide, L)
   A* output;                                     // the phase's column 0
   int64_t input_row_stride, input_pixel_stride;  // input_row_stride: between two taps
   int64_t output_row_stride, output_pixel_stride;
@@ -83,7 +82,7 @@ inline __attribute__((always_inline)) void compute_outputs(const Strip<A>& strip
   const int64_t pixel_stride = row.input_pixel_stride, tap_row = row.taps_wide * L;
   const int64_t first = column * row.stride - row.left;
   const A* input = row.input + lane + first * pixel_stride + row.begin * row.input_row_stride;
-  const A* taps = row.taps + block * strip.taps_stride + row.begin * tap_row;
+  const A* taps = strip.taps + block * strip.taps_stride + row.begin * tap_row;
 
   Vector<A> sum[R][P];
   const Vector<A> start = strip.bias ? load_vector(strip.bias + block * L) : Vector<A>{};
@@ -175,9 +174,9 @@ void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t
   const Geometry& g = *strip.geometry;
   const Phase& phase = *strip.phase;
   const int64_t top = row * g.stride_height - phase.top, dilation = phase.dilation_height;
+  const int64_t stride = S > 0 ? S : g.stride_width;  // a constant divides in a cycle
   RowView<A> view;
   view.input = strip.input.data + top * strip.input.row_stride;
-  view.taps = strip.taps;
   view.output = strip.output.data + (phase.first_row + row * phase.row_step) * strip.output.row_stride +
                 phase.first_column * strip.output.pixel_stride;
   view.input_row_stride = dilation * strip.input.row_stride;
@@ -190,17 +189,15 @@ void compute_columns(const Strip<A>& strip, int64_t row, int64_t column, int64_t
   view.end = 0;
   if (phase.taps_high > 0 && top < g.in_height)
     view.end = std::min(phase.taps_high + R - 1, ceil_div(g.in_height - top, dilation));
-  view.stride = S > 0 ? S : g.stride_width;
+  view.stride = stride;
   view.dilation = phase.dilation_width;
   view.left = phase.left;
   view.in_width = g.in_width;
 
-  // Outputs [inner_begin, inner_end) read inside the row only.
-  const int64_t stride = S > 0 ? S : g.stride_width;  // a constant divides in a cycle
+  // Outputs [inner_begin, inner_end) read inside the row only: the first tap, and the last.
   const int64_t reach = (phase.taps_wide - 1) * phase.dilation_width - phase.left;
-  const int64_t inner_begin = phase.left > 0 ? (phase.left + stride - 1) / stride : 0;
-  const int64_t last = g.in_width - 1 - reach;
-  const int64_t inner_end = last < 0 ? 0 : last / stride + 1;
+  const int64_t inner_begin = outputs_inside(-phase.left, stride, g.in_width, column_end).begin;
+  const int64_t inner_end = outputs_inside(reach, stride, g.in_width, column_end).end;
   for (; column + P <= column_end; column += P) {
     if (column >= inner_begin && column + P <= inner_end)
       compute_blocks<K, S, P, R, false, A>(strip, view, column);

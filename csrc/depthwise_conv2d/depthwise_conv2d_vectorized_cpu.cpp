@@ -138,20 +138,15 @@ void Convolution<T>::compute(Worker& worker, int64_t group, int64_t image, int64
   const Geometry& g = geometry_;
   if (worker.group != group) pack(worker, group);
   const int64_t start = first_block(group) * L, lanes = std::min(L, output_.channels - start);
-  Image<const T> source = input_;
-  source.data += image * source.channels * source.height * source.width;
-  Image<T> target = output_;
-  target.data += image * target.channels * target.height * target.width;
+  const Image<const T> source = input_.next(image);
+  const Image<T> target = output_.next(image);
   const auto [low, high] = input_rows(g, row_begin, row_end);
 
   Strip<A> strip{};
-  strip.input = {worker.in_tile.data() - low * g.in_width * L, g.in_width * L, L};
-  strip.output = {worker.out_tile.data() - row_begin * g.out_width * L, g.out_width * L, L};
+  strip.input = tile_block<const A>(worker.in_tile.data(), low, g.in_width);
+  strip.output = tile_block(worker.out_tile.data(), row_begin, g.out_width);
   if constexpr (std::is_same_v<T, A>)
-    if (in_place_) {
-      strip.input = {source.data + start, source.row_stride(), source.pixel_stride()};
-      strip.output = {target.data + start, target.row_stride(), target.pixel_stride()};
-    }
+    if (in_place_) strip.input = source.block(start), strip.output = target.block(start);
   strip.blocks = last_block(group) - first_block(group);
   strip.last_lane = in_place_ ? block_start(last_block(group) - 1, output_.channels, L) - start : 0;
   strip.geometry = &g;
@@ -193,7 +188,7 @@ void Convolution<T>::compute_strip(Strip<A>& strip, const Image<const T>& source
       for (size_t k = 0; k < g.phases.size(); ++k) {
         const Phase& phase = g.phases[k];
         const int64_t column_end = std::min(column + columns_at_once, phase_columns(g, phase));
-        const int64_t rows_left = (row_end - phase.first_row + row_step - 1) / row_step - row;
+        const int64_t rows_left = ceil_div(row_end - phase.first_row, row_step) - row;
         strip.phase = &phase;
         strip.taps = taps + phase.weight_offset * L;
         if (rows_left >= 2 && kernels_[k].two_rows) {

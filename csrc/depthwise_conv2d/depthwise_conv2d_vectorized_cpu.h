@@ -7,45 +7,18 @@
 
 #include <algorithm>
 
-#include "../common/simd.h"
-#include "depthwise_conv2d_geometry.h"
+#include "../common/geometry.h"
+#include "../common/tile.h"
+#include "depthwise_conv2d.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
-
-template <typename T>
-struct Image {
-  T* data;  // of one image: (channels, height, width) or (height, width, channels)
-  int64_t channels, height, width;
-  bool channels_last;
-
-  int64_t channel_stride() const { return channels_last ? 1 : height * width; }
-  int64_t row_stride() const { return channels_last ? width * channels : width; }
-  int64_t pixel_stride() const { return channels_last ? channels : 1; }
-};
-
-// Which channel of an image lane l of a block reads: (first + l) * step / divide + offset.
-struct Lanes {
-  int64_t first;
-  int64_t step = 1, divide = 1, offset = 0;
-
-  int64_t channel(int64_t lane) const { return (first + lane) * step / divide + offset; }
-  bool is_identity() const { return step == 1 && divide == 1 && offset == 0; }
-};
-
-// A block of channels in the compute type; `data` is where row 0, pixel 0 of the image is (or would be).
-template <typename A>
-struct Block {
-  A* data;
-  int64_t row_stride, pixel_stride;
-};
 
 // Rows of channels_last pixels that will be needed next, asked for a few lines at a time between
 // computations: blocks of channels jump from pixel to pixel, which hardware prefetchers do not follow.
 class Prefetch {
  public:
-  void clear(int64_t parts) {
-    parts_ = parts, part_ = 0, size_ = 0;
-  }  // starts again; `parts` asks are to come
+  // Starts again; `parts` asks are to come.
+  void clear(int64_t parts) { parts_ = parts, part_ = 0, size_ = 0; }
 
   // Columns [begin, end) of rows [top, bottom), all channels.
   template <typename T>
@@ -96,81 +69,12 @@ class Prefetch {
   int size_ = 0;
 };
 
-// Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes repeat the
-// last. In a contiguous image the rows of a channel are one run, transposed L pixels
-// at a time.
-template <typename T, typename A>
-void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,
-               A* tile) {
-  constexpr int L = lanes_of<A>;
-  const int64_t pixels = (end - begin) * image.width, first = begin * image.width;
-  if (image.channels_last) {
-    const T* pixel = image.data + first * image.channels;
-    if (count == L && lanes.is_identity()) {
-      for (int64_t k = 0; k < pixels; ++k)
-        store_vector(tile + k * L, load_vector(pixel + k * image.channels + lanes.first));
-    } else {
-      for (int64_t k = 0; k < pixels; ++k, pixel += image.channels)
-        for (int64_t lane = 0; lane < L; ++lane)
-          tile[k * L + lane] = load(pixel[lanes.channel(std::min(lane, count - 1))]);
-    }
-    return;
-  }
-  const T* runs[L];
-  for (int64_t lane = 0; lane < L; ++lane)
-    runs[lane] = image.data + lanes.channel(std::min(lane, count - 1)) * image.channel_stride() + first;
-  const auto load_square = [&](int64_t k) {
-    transpose_square<A>([&](int lane) { return runs[lane] + k; },
-                        [&](int pixel) { return tile + (k + pixel) * L; });
-  };
-  int64_t k = 0;
-  for (; k + L <= pixels; k += L) load_square(k);
-  if (k == pixels) return;
-  if (pixels >= L) return load_square(pixels - L);  // overlaps the square before
-  for (; k < pixels; ++k)
-    for (int lane = 0; lane < L; ++lane) tile[k * L + lane] = load(runs[lane][k]);
-}
-
-// The way back: rows [begin, end) of a (rows, width, lanes) tile into the image.
-template <typename T, typename A>
-void store_tile(const Image<T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,
-                const A* tile) {
-  constexpr int L = lanes_of<A>;
-  const int64_t pixels = (end - begin) * image.width, first = begin * image.width;
-  if (image.channels_last) {
-    T* pixel = image.data + first * image.channels + lanes.first;
-    for (int64_t k = 0; k < pixels; ++k, pixel += image.channels) {
-      if (count == L) {
-        store_vector(pixel, load_vector(tile + k * L));
-      } else {
-        for (int lane = 0; lane < count; ++lane) store(&pixel[lane], tile[k * L + lane]);
-      }
-    }
-    return;
-  }
-  T* runs = image.data + lanes.first * image.channel_stride() + first;
-  T nowhere[L];  // takes the lanes that are no channel
-  const auto store_square = [&](int64_t k) {
-    transpose_square<A>(
-        [&](int pixel) { return tile + (k + pixel) * L; },
-        [&](int lane) { return lane < count ? runs + lane * image.channel_stride() + k : nowhere; });
-  };
-  int64_t k = 0;
-  for (; k + L <= pixels; k += L) store_square(k);
-  if (k == pixels) return;
-  if (pixels >= L) return store_square(pixels - L);  // overlaps the square before
-  for (; k < pixels; ++k)
-    for (int lane = 0; lane < count; ++lane)
-      store(&runs[lane * image.channel_stride() + k], tile[k * L + lane]);
-}
-
 // Rows of the input that output rows [begin, end) of any phase read.
 inline std::pair<int64_t, int64_t> input_rows(const Geometry& g, int64_t begin, int64_t end) {
   int64_t low = g.in_height, high = 0;
   for (const Phase& phase : g.phases) {
     if (phase.taps_high == 0 || phase.taps_wide == 0) continue;
-    const int64_t first =
-        (std::max<int64_t>(begin - phase.first_row, 0) + phase.row_step - 1) / phase.row_step;
+    const int64_t first = ceil_div(std::max<int64_t>(begin - phase.first_row, 0), phase.row_step);
     const int64_t last = (end - 1 - phase.first_row) / phase.row_step;
     low = std::min(low, first * g.stride_height - phase.top);
     high = std::max(high,

@@ -1,16 +1,29 @@
-// A pass of depthwise convolution as convolutions without waste: one for forward, one for each residue modulo
-// the stride for grad_input.
+// A pass of a convolution as convolutions without waste: one for forward, one for each residue modulo the
+// stride for grad_input, which is the transposed convolution.
 #pragma once
 
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
-#include "depthwise_conv2d.h"
+#include "cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return b == 1 ? a : (a + b - 1) / b; }  // dividing is slow
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  if (b == 1) return a;  // dividing is slow
+  return a >= 0 ? (a + b - 1) / b : -(-a / b);
+}
+
+// Outputs [begin, end) whose tap at `offset` (tap * dilation - padding) falls inside an axis of `size`
+// pixels.
+struct Range {
+  int64_t begin, end;
+};
+inline Range outputs_inside(int64_t offset, int64_t stride, int64_t size, int64_t outputs) {
+  const int64_t begin = std::clamp<int64_t>(ceil_div(-offset, stride), 0, outputs);
+  return {begin, std::clamp<int64_t>(ceil_div(size - offset, stride), begin, outputs)};
+}
 
 // One convolution, onto every `step`-th output row and column. Forward has one phase; grad_input
 // has stride_height * stride_width.
@@ -30,7 +43,8 @@ struct Geometry {
   std::vector<int64_t> taps;  // packed order: tap number (i * kernel_width + j) in the weight
 };
 
-inline Geometry forward_geometry(const DepthwiseConv2dShape& s) {
+template <typename Shape>  // DepthwiseConv2dShape, Conv2dShape
+Geometry forward_geometry(const Shape& s) {
   Geometry g{s.in_height, s.in_width, s.out_height, s.out_width, s.stride_height, s.stride_width, {}, {}};
   g.phases.push_back({0, 1, 0, 1, s.kernel_height, s.kernel_width, s.dilation_height, s.dilation_width,
                       s.padding_top, s.padding_left, 0});
@@ -59,7 +73,8 @@ inline PhaseTaps phase_taps(int64_t phase, int64_t stride, int64_t dilation, int
   return taps;
 }
 
-inline Geometry grad_input_geometry(const DepthwiseConv2dShape& s) {
+template <typename Shape>  // DepthwiseConv2dShape, Conv2dShape
+Geometry grad_input_geometry(const Shape& s) {
   Geometry g{s.out_height, s.out_width, s.in_height, s.in_width, 1, 1, {}, {}};
   for (int64_t a = 0; a < std::min(s.stride_height, s.in_height); ++a) {
     const PhaseTaps high = phase_taps(a, s.stride_height, s.dilation_height, s.padding_top, s.kernel_height);

@@ -1,0 +1,116 @@
+// Images of either layout, and tiles of a block of their channels: (rows, width, lanes).
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+
+// A block of channels in the compute type; `data` is where row 0, pixel 0 of the image is (or would be).
+template <typename A>
+struct Block {
+  A* data;
+  int64_t row_stride, pixel_stride;
+};
+
+template <typename T>
+struct Image {
+  T* data;  // of one image: (channels, height, width) or (height, width, channels)
+  int64_t channels, height, width;
+  bool channels_last;
+
+  Image next(int64_t images) const {  // so many further in the batch
+    return {data + images * channels * height * width, channels, height, width, channels_last};
+  }
+  Block<T> block(int64_t channel) const { return {data + channel, row_stride(), pixel_stride()}; }
+
+  int64_t channel_stride() const { return channels_last ? 1 : height * width; }
+  int64_t row_stride() const { return channels_last ? width * channels : width; }
+  int64_t pixel_stride() const { return channels_last ? channels : 1; }
+};
+
+// Which channel of an image lane l of a block reads: (first + l) * step / divide + offset.
+struct Lanes {
+  int64_t first;
+  int64_t step = 1, divide = 1, offset = 0;
+
+  int64_t channel(int64_t lane) const { return (first + lane) * step / divide + offset; }
+  bool is_identity() const { return step == 1 && divide == 1 && offset == 0; }
+};
+
+// A tile's (rows, width, lanes), of an image from row `first`.
+template <typename A>
+Block<A> tile_block(A* tile, int64_t first, int64_t width) {
+  constexpr int64_t L = lanes_of<std::remove_const_t<A>>;
+  return {tile - first * width * L, width * L, L};
+}
+
+// Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes repeat the
+// last. In a contiguous image the rows of a channel are one run, transposed L pixels at a time.
+template <typename T, typename A>
+void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,
+               A* tile) {
+  constexpr int L = lanes_of<A>;
+  const int64_t pixels = (end - begin) * image.width, first = begin * image.width;
+  if (image.channels_last) {
+    const T* pixel = image.data + first * image.channels;
+    if (count == L && lanes.is_identity()) {
+      for (int64_t k = 0; k < pixels; ++k)
+        store_vector(tile + k * L, load_vector(pixel + k * image.channels + lanes.first));
+    } else {
+      for (int64_t k = 0; k < pixels; ++k, pixel += image.channels)
+        for (int64_t lane = 0; lane < L; ++lane)
+          tile[k * L + lane] = load(pixel[lanes.channel(std::min(lane, count - 1))]);
+    }
+    return;
+  }
+  const T* runs[L];
+  for (int64_t lane = 0; lane < L; ++lane)
+    runs[lane] = image.data + lanes.channel(std::min(lane, count - 1)) * image.channel_stride() + first;
+  const auto load_square = [&](int64_t k) {
+    transpose_square<A>([&](int lane) { return runs[lane] + k; },
+                        [&](int pixel) { return tile + (k + pixel) * L; });
+  };
+  int64_t k = 0;
+  for (; k + L <= pixels; k += L) load_square(k);
+  if (k == pixels) return;
+  if (pixels >= L) return load_square(pixels - L);  // overlaps the square before
+  for (; k < pixels; ++k)
+    for (int lane = 0; lane < L; ++lane) tile[k * L + lane] = load(runs[lane][k]);
+}
+
+// The way back: rows [begin, end) of a (rows, width, lanes) tile into the image.
+template <typename T, typename A>
+void store_tile(const Image<T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,
+                const A* tile) {
+  constexpr int L = lanes_of<A>;
+  const int64_t pixels = (end - begin) * image.width, first = begin * image.width;
+  if (image.channels_last) {
+    T* pixel = image.data + first * image.channels + lanes.first;
+    for (int64_t k = 0; k < pixels; ++k, pixel += image.channels) {
+      if (count == L) {
+        store_vector(pixel, load_vector(tile + k * L));
+      } else {
+        for (int lane = 0; lane < count; ++lane) store(&pixel[lane], tile[k * L + lane]);
+      }
+    }
+    return;
+  }
+  T* runs = image.data + lanes.first * image.channel_stride() + first;
+  T nowhere[L];  // takes the lanes that are no channel
+  const auto store_square = [&](int64_t k) {
+    transpose_square<A>(
+        [&](int pixel) { return tile + (k + pixel) * L; },
+        [&](int lane) { return lane < count ? runs + lane * image.channel_stride() + k : nowhere; });
+  };
+  int64_t k = 0;
+  for (; k + L <= pixels; k += L) store_square(k);
+  if (k == pixels) return;
+  if (pixels >= L) return store_square(pixels - L);  // overlaps the square before
+  for (; k < pixels; ++k)
+    for (int lane = 0; lane < count; ++lane)
+      store(&runs[lane * image.channel_stride() + k], tile[k * L + lane]);
+}
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY
