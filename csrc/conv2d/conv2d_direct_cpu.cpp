@@ -1,0 +1,321 @@
+// Convolution, C++, direct: channels_last images, read where they lie.
+//
+// A block of 6 pixels x 64 filters (AVX-512) is summed in registers: for each tap and channel, one value of
+// each of the
+//   pixels meets 64 weights. Pixels are counted through rows and images, so no block is cut at the end of a
+//   row. A tap outside the image reads zeros from a line kept for that.
+// Bytes: the input comes from memory once for each chunk of pixels, the weights of a panel of 64 filters from
+// the L2
+//   cache once for each 6 pixels.
+// The taps of a row that lie side by side in memory are one run, so that few channels (a stem has 3) cost no
+// more. Limits: multiply-adds; few channels with groups, whose runs are short (see conv2d_grouped_cpu.cpp).
+#include "conv2d_direct_cpu.h"
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t l2_bytes = 512 << 10;  // of a panel's weights that are used again and again
+constexpr int64_t chunk_pixels = 192;    // that a panel's weights serve before the next panel comes
+
+// Copies lanes that lie lane_step apart, of which the first `lanes` exist: target(q)[lane] = source[lane *
+// step + q].
+template <typename T, typename A, typename Target>
+void pack_lanes(const T* source, int64_t lane_step, int64_t lanes, int64_t length, const Target& target) {
+  constexpr int L = lanes_of<A>;
+  int64_t q = 0;
+  if (lanes == L && lane_step == 1 && length == 1) {
+    store_vector(target(0), load_vector(source));
+    return;
+  }
+  if (lanes == L)
+    for (; q + L <= length; q += L)
+      transpose_square<A>([&](int lane) { return source + lane * lane_step + q; },
+                          [&](int k) { return target(q + k); });
+  for (; q < length; ++q)
+    for (int64_t lane = 0; lane < L; ++lane)
+      target(q)[lane] = lane < lanes ? load(source[lane * lane_step + q]) : A(0);
+}
+
+struct Chunk {  // pixels [begin, end) of a phase, counted through rows and images
+  int64_t phase, begin, end;
+};
+
+template <typename T>
+class Direct {
+ public:
+  using A = accumulate_t<T>;
+  static constexpr int64_t L = lanes_of<A>;
+
+  Direct(const T* input, const A* packed, const Conv2dEpilogue<T>& epilogue, T* output,
+         const DirectPass& pass)
+      : input_(input),
+        packed_(packed),
+        epilogue_(epilogue),
+        output_(output),
+        pass_(pass),
+        panels_{pass.to_group},
+        from_channels_(pass.groups * pass.from_group),
+        to_channels_(pass.groups * pass.to_group),
+        longest_run_(pass.from_group) {
+    for (size_t p = 0; p < pass.geometry.phases.size(); ++p) {
+      const Phase& phase = pass.geometry.phases[p];
+      const int64_t pixels = pass.batch * rows(phase) * columns(phase);
+      const int64_t parts = ceil_div(pixels, chunk_pixels);
+      for (int64_t k = 0; k < parts; ++k)
+        chunks_.push_back({int64_t(p), pixels * k / parts, pixels * (k + 1) / parts});
+      longest_run_ = std::max(longest_run_, run(phase));
+    }
+  }
+
+  int64_t items() const { return int64_t(chunks_.size()) * pass_.groups * panels_.count(); }
+
+  void compute(int64_t begin, int64_t end) const {
+    const Scratch<T> zeros(longest_run_);
+    std::fill_n(zeros.data(), longest_run_, T{});
+    const Scratch<A> partial(chunk_pixels * panels_.width);
+    for (int64_t item = begin; item < end; ++item) {
+      const Chunk& chunk = chunks_[item / (pass_.groups * panels_.count())];
+      const int64_t group = item / panels_.count() % pass_.groups, panel = item % panels_.count();
+      switch (panels_.vectors(panel)) {
+        case 1:
+          compute_panel<1>(chunk, group, panel, zeros.data(), partial.data());
+          break;
+        case 2:
+          compute_panel<2>(chunk, group, panel, zeros.data(), partial.data());
+          break;
+#if defined(__AVX512F__)
+        case 3:
+          compute_panel<3>(chunk, group, panel, zeros.data(), partial.data());
+          break;
+        case 4:
+          compute_panel<4>(chunk, group, panel, zeros.data(), partial.data());
+          break;
+#endif
+      }
+    }
+  }
+
+ private:
+  int64_t rows(const Phase& phase) const {
+    return std::max<int64_t>(ceil_div(pass_.geometry.out_height - phase.first_row, phase.row_step), 0);
+  }
+  int64_t columns(const Phase& phase) const {
+    return std::max<int64_t>(phase_columns(pass_.geometry, phase), 0);
+  }
+  bool has_runs(const Phase& phase) const { return phase.dilation_width == 1 && pass_.groups == 1; }
+  int64_t run(const Phase& phase) const { return pass_.from_group * (has_runs(phase) ? phase.taps_wide : 1); }
+
+  template <int R>
+  struct Pixels {
+    const T* image[R];          // of the pixel, at the group's first channel
+    int64_t row[R], column[R];  // that tap (0, 0) reads
+    int64_t output[R];          // index of the pixel's first channel in the output
+    bool inner;                 // every tap of a row lies inside the image, for all pixels
+  };
+
+  template <int V>
+  void compute_panel(const Chunk& chunk, int64_t group, int64_t panel, const T* zeros, A* partial) const {
+    constexpr int R = std::min(rows_of<V>, 12);
+    const Geometry& g = pass_.geometry;
+    const Phase& phase = g.phases[chunk.phase];
+    const int64_t line = V * L, from = pass_.from_group, tap_row = phase.taps_wide * from * line;
+    const int64_t first = group * pass_.to_group + panel * panels_.width;
+    const A* weights = packed_ +
+                       (group * panels_.padded() + panel * panels_.width) * from * int64_t(g.taps.size()) +
+                       phase.weight_offset * from * line;
+    A bias[V * L] = {};
+    const int64_t lanes = std::min<int64_t>(V * L, pass_.to_group - panel * panels_.width);
+    if (epilogue_.bias)
+      for (int64_t lane = 0; lane < lanes; ++lane) bias[lane] = load(epilogue_.bias[first + lane]);
+
+    const int64_t tap_rows =
+        std::max<int64_t>(1, l2_bytes / std::max<int64_t>(1, tap_row * int64_t(sizeof(A))));
+    for (int64_t i = 0; i == 0 || i < phase.taps_high; i += tap_rows) {
+      const int64_t i_end = std::min(phase.taps_high, i + tap_rows);
+      for (int64_t q = chunk.begin; q < chunk.end; q += R) {
+        Pixels<R> pixels;
+        locate(phase, group, q, std::min<int64_t>(R, chunk.end - q), pixels);
+        A* sums = partial + (q - chunk.begin) * line;
+        Vector<A> sum[R][V];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sum[r][v] = load_vector((i == 0 ? bias : sums + r * line) + v * L);
+        add_taps<R, V>(phase, pixels, zeros, weights + i * tap_row, i, i_end, sum);
+        if (i_end < phase.taps_high) {
+#pragma GCC unroll 12
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) store_vector(sums + r * line + v * L, sum[r][v]);
+        } else {
+          finish<R, V>(pixels, std::min<int64_t>(R, chunk.end - q), first, lanes, sum);
+        }
+      }
+    }
+  }
+
+  // Where R pixels from number q read and write; those beyond `count` repeat the last.
+  template <int R>
+  void locate(const Phase& phase, int64_t group, int64_t q, int64_t count, Pixels<R>& pixels) const {
+    const Geometry& g = pass_.geometry;
+    const int64_t columns = this->columns(phase), rows = this->rows(phase);
+    int64_t f = q % columns, e = q / columns % rows, n = q / columns / rows;
+    pixels.inner = true;
+    for (int r = 0; r < R; ++r) {
+      pixels.image[r] = input_ + n * g.in_height * g.in_width * from_channels_ + group * pass_.from_group;
+      pixels.row[r] = e * g.stride_height - phase.top;
+      pixels.column[r] = f * g.stride_width - phase.left;
+      pixels.output[r] = ((n * g.out_height + phase.first_row + e * phase.row_step) * g.out_width +
+                          phase.first_column + f * phase.column_step) *
+                         to_channels_;
+      pixels.inner &= pixels.column[r] >= 0 && pixels.column[r] + phase.taps_wide <= g.in_width;
+      if (r + 1 >= count) continue;
+      if (++f < columns) continue;
+      f = 0;
+      if (++e == rows) e = 0, ++n;
+    }
+  }
+
+  // Rows [i, i_end) of the taps.
+  template <int R, int V>
+  inline __attribute__((always_inline)) void add_taps(const Phase& phase, const Pixels<R>& pixels,
+                                                      const T* zeros, const A* weights, int64_t i,
+                                                      int64_t i_end, Vector<A> (&sum)[R][V]) const {
+    const Geometry& g = pass_.geometry;
+    const bool runs = has_runs(phase) && pixels.inner;
+    const int64_t length = runs ? run(phase) : pass_.from_group, steps = runs ? 1 : phase.taps_wide;
+    for (; i < i_end; ++i) {
+      for (int64_t j = 0; j < steps; ++j, weights += length * V * L) {
+        const T* lines[R];
+        bool any = false;
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          const int64_t row = pixels.row[r] + i * phase.dilation_height;
+          const int64_t column = pixels.column[r] + j * phase.dilation_width;
+          const bool inside =
+              uint64_t(row) < uint64_t(g.in_height) && uint64_t(column) < uint64_t(g.in_width);
+          lines[r] = inside ? pixels.image[r] + (row * g.in_width + column) * from_channels_ : zeros;
+          any |= inside;
+        }
+        if (any) multiply_add(sum, lines, 1, weights, V * L, length);
+      }
+    }
+  }
+
+  template <int R, int V>
+  inline __attribute__((always_inline)) void finish(const Pixels<R>& pixels, int64_t count, int64_t first,
+                                                    int64_t lanes, Vector<A> (&sum)[R][V]) const {
+    const Activation activation = epilogue_.activation;
+    if constexpr (std::is_same_v<T, A>) {
+      if (lanes == V * L && !epilogue_.residual &&
+          (activation == Activation::none || activation == Activation::relu)) {
+        const Vector<A> least =
+            broadcast(activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity());
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          if (r >= count) return;
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v)
+            store_vector(output_ + pixels.output[r] + first + v * L, sum[r][v] < least ? least : sum[r][v]);
+        }
+        return;
+      }
+    }
+    A block[R][V * L];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store_vector(block[r] + v * L, sum[r][v]);
+    for (int64_t r = 0; r < count; ++r) store_pixel(block[r], pixels.output[r] + first, lanes);
+  }
+
+  void store_pixel(A* sums, int64_t at, int64_t lanes) const {
+    if (epilogue_.residual)
+      for (int64_t lane = 0; lane < lanes; ++lane) sums[lane] += load(epilogue_.residual[at + lane]);
+    int64_t lane = 0;
+    for (; lane + L <= lanes; lane += L)
+      store_vector(output_ + at + lane, activate_vector<A>(load_vector(sums + lane), epilogue_.activation));
+    for (; lane < lanes; ++lane) store(output_ + at + lane, activate(sums[lane], epilogue_.activation));
+  }
+
+  const T* input_;
+  const A* packed_;
+  const Conv2dEpilogue<T>& epilogue_;
+  T* output_;
+  const DirectPass& pass_;
+  Panels<A> panels_;
+  int64_t from_channels_, to_channels_, longest_run_;
+  std::vector<Chunk> chunks_;
+};
+
+}  // namespace
+
+template <typename T>
+void direct_pack(const T* weight, accumulate_t<T>* packed, const DirectPass& pass, ParallelFor threads) {
+  using A = accumulate_t<T>;
+  constexpr int64_t L = lanes_of<A>;
+  const Panels<A> panels{pass.to_group};
+  const int64_t from = pass.from_group, to = pass.to_group, taps = pass.taps;
+  const std::vector<int64_t>& order = pass.geometry.taps;
+  std::vector<int64_t> place(taps, -1);  // of a tap, in the packed order
+  for (size_t k = 0; k < order.size(); ++k) place[order[k]] = int64_t(k);
+  parallel_for(threads, pass.groups * panels.count(), [&](int64_t begin, int64_t end) {
+    A nowhere[L];  // for taps that reach no output
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t group = item / panels.count(), panel = item % panels.count();
+      const int64_t line = panels.vectors(panel) * L, first = panel * panels.width;
+      A* target = packed + (group * panels.padded() + first) * from * int64_t(order.size());
+      for (int64_t v = 0; v < line; v += L) {
+        const int64_t lanes = std::min(L, to - first - v);
+        const auto at = [&](int64_t tap, int64_t k) {
+          return place[tap] < 0 ? nowhere : target + (place[tap] * from + k) * line + v;
+        };
+        if (!pass.transposed)  // weight (groups, to, from, taps)
+          pack_lanes<T, A>(weight + (group * to + first + v) * from * taps, from * taps, lanes, from * taps,
+                           [&](int64_t q) { return at(q % taps, q / taps); });
+        else  // weight (groups, from, to, taps)
+          for (int64_t k = 0; k < from; ++k)
+            pack_lanes<T, A>(weight + ((group * from + k) * to + first + v) * taps, taps, lanes, taps,
+                             [&](int64_t q) { return at(q, k); });
+      }
+    }
+  });
+}
+
+template <typename T>
+void direct_convolve(const T* input, const accumulate_t<T>* packed, const Conv2dEpilogue<T>& epilogue,
+                     T* output, const DirectPass& pass, ParallelFor threads) {
+  const Direct<T> direct(input, packed, epilogue, output, pass);
+  parallel_for(threads, direct.items(), [&](int64_t begin, int64_t end) { direct.compute(begin, end); });
+}
+
+template <typename T>
+int64_t conv2d_direct_packed_size(const Conv2dShape& s) {
+  const DirectPass pass = direct_forward(s);
+  return pass.packed_size(Panels<accumulate_t<T>>{pass.to_group}.padded());
+}
+
+template <typename T>
+void conv2d_direct_pack_weight_cpu(const T* weight, accumulate_t<T>* packed, const Conv2dShape& s,
+                                   ParallelFor threads) {
+  direct_pack(weight, packed, direct_forward(s), threads);
+}
+
+template <typename T>
+void conv2d_direct_forward_cpu(const T* input, const accumulate_t<T>* packed,
+                               const Conv2dEpilogue<T>& epilogue, T* output, const Conv2dShape& s,
+                               ParallelFor threads) {
+  direct_convolve(input, packed, epilogue, output, direct_forward(s), threads);
+}
+
+#define FASTCONV_INSTANTIATE(T)                                                                             \
+  template void direct_pack(const T*, accumulate_t<T>*, const DirectPass&, ParallelFor);                    \
+  template void direct_convolve(const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*,             \
+                                const DirectPass&, ParallelFor);                                            \
+  template int64_t conv2d_direct_packed_size<T>(const Conv2dShape&);                                        \
+  template void conv2d_direct_pack_weight_cpu(const T*, accumulate_t<T>*, const Conv2dShape&, ParallelFor); \
+  template void conv2d_direct_forward_cpu(const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*,   \
+                                          const Conv2dShape&, ParallelFor);
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY

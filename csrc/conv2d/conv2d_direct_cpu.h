@@ -1,0 +1,56 @@
+// One pass of convolution over channels_last images, shared by forward and the transposed convolution.
+#pragma once
+
+#include <vector>
+
+#include "../common/geometry.h"
+#include "../common/matrix_kernel.h"
+#include "conv2d.h"
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+
+// The filters of a group, cut into panels of as many vectors as the registers take; the last one is narrower.
+template <typename A>
+struct Panels {
+  static constexpr int64_t width = most_vectors * lanes_of<A>;
+  int64_t filters;
+
+  int64_t count() const { return ceil_div(filters, width); }
+  int64_t vectors(int64_t panel) const {
+    return ceil_div(std::min(width, filters - panel * width), lanes_of<A>);
+  }
+  int64_t padded() const { return ceil_div(filters, lanes_of<A>) * lanes_of<A>; }
+};
+
+// Images as a pass sees them: forward reads the input and writes the output, the transposed convolution the
+// other way round.
+struct DirectPass {
+  Geometry geometry;
+  int64_t batch, groups, from_group, to_group;  // channels of a group: read, written
+  int64_t taps;
+  bool transposed;
+
+  // Packed weights: (groups, panels, taps in the order of the geometry, from_group, lanes of the panel).
+  int64_t packed_size(int64_t padded) const { return groups * padded * taps * from_group; }
+};
+
+inline DirectPass direct_forward(const Conv2dShape& s) {
+  return {forward_geometry(s), s.batch, s.groups, s.in_group(), s.out_group(), s.taps(), false};
+}
+inline DirectPass direct_transposed(const Conv2dShape& s) {
+  Conv2dShape all = s;  // so that packed weights have every phase, also those that a small image lacks
+  all.in_height = std::max(s.in_height, s.stride_height);
+  all.in_width = std::max(s.in_width, s.stride_width);
+  DirectPass pass{grad_input_geometry(all), s.batch, s.groups, s.out_group(), s.in_group(), s.taps(), true};
+  pass.geometry.out_height = s.in_height, pass.geometry.out_width = s.in_width;
+  return pass;
+}
+
+template <typename T>
+void direct_pack(const T* weight, accumulate_t<T>* packed, const DirectPass& pass, ParallelFor threads);
+
+template <typename T>
+void direct_convolve(const T* input, const accumulate_t<T>* packed, const Conv2dEpilogue<T>& epilogue,
+                     T* output, const DirectPass& pass, ParallelFor threads);
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY
