@@ -37,7 +37,8 @@ void pack_lanes(const T* source, int64_t lane_step, int64_t lanes, int64_t lengt
 }
 
 struct Chunk {  // pixels [begin, end) of a phase, counted through rows and images
-  int64_t phase, begin, end;
+  const Phase* phase;
+  int64_t begin, end;
 };
 
 template <typename T>
@@ -57,14 +58,15 @@ class Direct {
         from_channels_(pass.groups * pass.from_group),
         to_channels_(pass.groups * pass.to_group),
         longest_run_(pass.from_group) {
-    for (size_t p = 0; p < pass.geometry.phases.size(); ++p) {
-      const Phase& phase = pass.geometry.phases[p];
-      const int64_t pixels = pass.batch * rows(phase) * columns(phase);
-      const int64_t parts = ceil_div(pixels, chunk_pixels);
-      for (int64_t k = 0; k < parts; ++k)
-        chunks_.push_back({int64_t(p), pixels * k / parts, pixels * (k + 1) / parts});
+    int64_t parts = 0;
+    for (const Phase& phase : pass.geometry.phases) {
+      parts = std::max(parts, ceil_div(pixels(phase), chunk_pixels));
       longest_run_ = std::max(longest_run_, run(phase));
     }
+    // Phases take turns, for they read the same pixels and write between each other's.
+    for (int64_t k = 0; k < parts; ++k)
+      for (const Phase& phase : pass.geometry.phases)
+        chunks_.push_back({&phase, pixels(phase) * k / parts, pixels(phase) * (k + 1) / parts});
   }
 
   int64_t items() const { return int64_t(chunks_.size()) * pass_.groups * panels_.count(); }
@@ -102,6 +104,7 @@ class Direct {
   int64_t columns(const Phase& phase) const {
     return std::max<int64_t>(phase_columns(pass_.geometry, phase), 0);
   }
+  int64_t pixels(const Phase& phase) const { return pass_.batch * rows(phase) * columns(phase); }
   bool has_runs(const Phase& phase) const { return phase.dilation_width == 1 && pass_.groups == 1; }
   int64_t run(const Phase& phase) const { return pass_.from_group * (has_runs(phase) ? phase.taps_wide : 1); }
 
@@ -117,7 +120,7 @@ class Direct {
   void compute_panel(const Chunk& chunk, int64_t group, int64_t panel, const T* zeros, A* partial) const {
     constexpr int R = std::min(rows_of<V>, 12);
     const Geometry& g = pass_.geometry;
-    const Phase& phase = g.phases[chunk.phase];
+    const Phase& phase = *chunk.phase;
     const int64_t line = V * L, from = pass_.from_group, tap_row = phase.taps_wide * from * line;
     const int64_t first = group * pass_.to_group + panel * panels_.width;
     const A* weights = packed_ +

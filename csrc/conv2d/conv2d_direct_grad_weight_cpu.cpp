@@ -1,0 +1,251 @@
+// Gradient of a convolution's weight, C++, direct.
+//
+//   grad_weight[m, c, i, j] = sum over n, e, f of grad_output[n, m, e, f] * x[n, c, e * stride + i * dilation - padding, ...]
+// A block of 6 (taps of a row, channels) x 64 filters (AVX-512) is summed in registers over the pixels of some rows: one
+//   value of x meets 64 of grad_output. Both come from scratch tiles, x with its padding: (rows, width, channels) and
+//   (pixels, 64 filters), so layout, types and borders cost nothing in the inner step.
+// Bytes: the tiles are copied once for 64 filters and a row of taps, and are read from the L2 cache.
+// Threads share no sums: an item is a slice of the batch's rows, 64 filters, and a row of taps. Slices are added up in
+//   their order, so the result has the same bits for any number of threads; their number depends on the shape.
+// Limits: multiply-adds; images of a few pixels, whose sums are loaded and stored too often.
+#include <vector>
+
+#include "../common/tile.h"
+#include "conv2d_direct_cpu.h"
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t visit_pixels = 224;        // whose products are added before a block of sums goes back to memory
+constexpr int64_t x_tile_bytes = 256 << 10;  // of the L2 cache
+constexpr int64_t least_items = 8;           // for threads to share
+
+template <typename T>
+class DirectGradWeight {
+ public:
+  using A = accumulate_t<T>;
+  static constexpr int64_t L = lanes_of<A>;
+
+  DirectGradWeight(const T* grad_output, const T* input, const Conv2dShape& s)
+      : grad_output_{grad_output, s.out_channels, s.out_height, s.out_width, s.channels_last},
+        input_{input, s.in_channels, s.in_height, s.in_width, s.channels_last},
+        shape_(s), panels_{s.out_group()} {
+    const int64_t reach = (s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width + 1;
+    tile_width_ = std::max(reach, s.padding_left + s.in_width);
+    visit_rows_ = std::clamp<int64_t>(visit_pixels / s.out_width, 1,
+                                      std::max<int64_t>(1, x_tile_bytes / (tile_width_ * s.in_group() * sizeof(A))));
+    visit_rows_ = std::min(visit_rows_, s.out_height);
+    visits_ = s.batch * ceil_div(s.out_height, visit_rows_);
+    const int64_t columns = s.groups * panels_.count();
+    slices_ = std::min(visits_, ceil_div(least_items, columns));
+  }
+
+  // Sums of a slice: (groups, panels, tap rows, lines, lanes of the panel), then the bias: (out_channels, padded).
+  int64_t lines() const { return shape_.kernel_width * shape_.in_group(); }
+  int64_t slice_size() const {
+    return shape_.groups * panels_.padded() * (shape_.kernel_height * lines() + 1);
+  }
+  int64_t slices() const { return slices_; }
+  int64_t columns() const { return shape_.groups * panels_.count(); }
+  int64_t items() const { return slices_ * columns() * shape_.kernel_height; }
+
+  void compute(int64_t begin, int64_t end, A* sums) const {
+    const Scratch<A> x_tile(visit_rows_ * tile_width_ * shape_.in_group() + L);
+    const Scratch<A> grad_tile(visit_rows_ * shape_.out_width * panels_.width);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = item % shape_.kernel_height, column = item / shape_.kernel_height % columns();
+      const int64_t slice = item / shape_.kernel_height / columns();
+      const int64_t panel = column % panels_.count();
+      switch (panels_.vectors(panel)) {
+        case 1: add_slice<1>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums); break;
+        case 2: add_slice<2>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums); break;
+#if defined(__AVX512F__)
+        case 3: add_slice<3>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums); break;
+        case 4: add_slice<4>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums); break;
+#endif
+      }
+    }
+  }
+
+  // Adds the slices of panels [begin, end) up and brings the sums into the weight's order.
+  void finish(int64_t begin, int64_t end, const A* sums, T* grad_weight, T* grad_bias) const {
+    const Conv2dShape& s = shape_;
+    for (int64_t column = begin; column < end; ++column) {
+      const int64_t group = column / panels_.count(), panel = column % panels_.count();
+      const int64_t line = panels_.vectors(panel) * L, first = panel * panels_.width;
+      const A* from = sums + sums_of(group, panel);
+      for (int64_t v = 0; v < line; v += L) {
+        const int64_t lanes = std::min(L, s.out_group() - first - v);
+        T* to = grad_weight + (group * s.out_group() + first + v) * s.in_group() * s.taps();
+        for (int64_t i = 0; i < s.kernel_height; ++i)
+          for (int64_t q = 0; q < lines(); ++q) {
+            Vector<A> total = load_vector(from + (i * lines() + q) * line + v);
+            for (int64_t slice = 1; slice < slices_; ++slice)
+              total += load_vector(from + slice * slice_size() + (i * lines() + q) * line + v);
+            const int64_t j = q / s.in_group(), c = q % s.in_group();
+            T* tap = to + c * s.taps() + i * s.kernel_width + j;
+            A values[L];
+            store_vector(values, total);
+            for (int64_t lane = 0; lane < lanes; ++lane) store(tap + lane * s.in_group() * s.taps(), values[lane]);
+          }
+        if (!grad_bias) continue;
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          A total = 0;
+          for (int64_t slice = 0; slice < slices_; ++slice)
+            total += from[slice * slice_size() + s.kernel_height * lines() * line + v + lane];
+          store(grad_bias + group * s.out_group() + first + v + lane, total);
+        }
+      }
+    }
+  }
+
+ private:
+  int64_t sums_of(int64_t group, int64_t panel) const {
+    return (group * panels_.padded() + panel * panels_.width) * (shape_.kernel_height * lines() + 1);
+  }
+
+  // One row of taps of a panel, over the visits of a slice.
+  template <int V>
+  void add_slice(int64_t slice, int64_t group, int64_t panel, int64_t i, A* x_tile, A* grad_tile, A* all) const {
+    const Conv2dShape& s = shape_;
+    A* sums = all + slice * slice_size() + sums_of(group, panel);
+    A* bias_sums = sums + s.kernel_height * lines() * V * L;
+    sums += i * lines() * V * L;
+    std::fill_n(sums, lines() * V * L, A(0));
+    if (i == 0) std::fill_n(bias_sums, V * L, A(0));
+    const int64_t parts = ceil_div(s.out_height, visit_rows_);
+    for (int64_t visit = visits_ * slice / slices_; visit < visits_ * (slice + 1) / slices_; ++visit) {
+      const int64_t n = visit / parts, e = visit % parts * visit_rows_, e_end = std::min(s.out_height, e + visit_rows_);
+      // The rows of grad_output whose tap row i lies inside x.
+      const Range inside = outputs_inside(i * s.dilation_height - s.padding_top, s.stride_height, s.in_height, s.out_height);
+      load_grad<V>(n, e, e_end, group, panel, grad_tile);
+      if (i == 0) add_bias<V>(grad_tile, (e_end - e) * s.out_width, bias_sums);
+      const int64_t low = std::max(e, inside.begin), high = std::min(e_end, inside.end);
+      if (low >= high) continue;
+      for (int64_t row = low; row < high; ++row)
+        load_row(n, row * s.stride_height + i * s.dilation_height - s.padding_top, group,
+                 x_tile + (row - low) * tile_width_ * s.in_group());
+      add_visit<V>(x_tile, grad_tile + (low - e) * s.out_width * V * L, high - low, sums);
+    }
+  }
+
+  template <int V>
+  void load_grad(int64_t n, int64_t begin, int64_t end, int64_t group, int64_t panel, A* tile) const {
+    const int64_t first = panel * panels_.width, channel = group * shape_.out_group() + first;
+    for (int64_t v = 0; v < V; ++v)
+      load_tile(grad_output_.next(n), Lanes{channel + v * L}, std::min(L, shape_.out_group() - first - v * L), begin, end,
+                tile + v * L, V * L);
+  }
+
+  template <int V>
+  void add_bias(const A* tile, int64_t pixels, A* sums) const {
+    for (int v = 0; v < V; ++v) {
+      Vector<A> total = load_vector(sums + v * L);
+      for (int64_t k = 0; k < pixels; ++k) total += load_vector(tile + (k * V + v) * L);
+      store_vector(sums + v * L, total);
+    }
+  }
+
+  // A row of a group's channels, (width with padding, channels).
+  void load_row(int64_t n, int64_t row, int64_t group, A* tile) const {
+    const int64_t channels = shape_.in_group(), left = shape_.padding_left, width = input_.width;
+    std::fill_n(tile, left * channels, A(0));
+    A* target = tile + left * channels;
+    std::fill(target + width * channels, tile + tile_width_ * channels, A(0));
+    const Image<const T> image = input_.next(n);
+    const T* source = image.data + row * image.row_stride() + group * channels * image.channel_stride();
+    if (image.channels_last) {
+      const int64_t runs = shape_.groups == 1 ? 1 : width, length = channels * width / runs;
+      for (int64_t k = 0; k < runs; ++k, source += image.channels, target += length) convert(source, target, length);
+      return;
+    }
+    int64_t c = 0;
+    const T* end = input_.next(shape_.batch).data;
+    T last[L];  // the end of a row where reading on would leave the tensor
+    for (; c + L <= channels; c += L)
+      for (int64_t f = 0; f < width; f += L) {
+        A nowhere[L];
+        transpose_square<A>(
+            [&](int lane) {
+              const T* at = source + (c + lane) * image.channel_stride() + f;
+              if (at + L <= end) return at;
+              std::copy(at, end, last);
+              return static_cast<const T*>(last);
+            },
+            [&](int k) { return f + k < width ? target + (f + k) * channels + c : nowhere; });
+      }
+    for (; c < channels; ++c)
+      for (int64_t f = 0; f < width; ++f) target[f * channels + c] = load(source[c * image.channel_stride() + f]);
+  }
+
+  static void convert(const T* source, A* target, int64_t count) {
+    int64_t k = 0;
+    for (; k + L <= count; k += L) store_vector(target + k, load_vector(source + k));
+    for (; k < count; ++k) target[k] = load(source[k]);
+  }
+
+  template <int V>
+  void add_visit(const A* x, const A* grad, int64_t rows, A* sums) const {
+    constexpr int R = std::min(rows_of<V>, 12);
+    const bool runs = shape_.dilation_width == 1;
+    const int64_t length = runs ? lines() : shape_.in_group();
+    for (int64_t j = 0; j < (runs ? 1 : shape_.kernel_width); ++j) {
+      const A* tap = x + j * shape_.dilation_width * shape_.in_group();
+      A* target = sums + j * length * V * L;
+      int64_t q = 0;
+      for (; q + R <= length; q += R) add_lines<R, V>(tap + q, grad, rows, target + q * V * L);
+      if constexpr (R > 8)
+        for (; q + 8 <= length; q += 8) add_lines<8, V>(tap + q, grad, rows, target + q * V * L);
+      for (; q + 4 <= length; q += 4) add_lines<4, V>(tap + q, grad, rows, target + q * V * L);
+      for (; q + 2 <= length; q += 2) add_lines<2, V>(tap + q, grad, rows, target + q * V * L);
+      for (; q < length; ++q) add_lines<1, V>(tap + q, grad, rows, target + q * V * L);
+    }
+  }
+
+  template <int R, int V>
+  void add_lines(const A* x, const A* grad, int64_t rows, A* sums) const {
+    const int64_t pixel_step = shape_.stride_width * shape_.in_group();
+    Vector<A> sum[R][V];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = load_vector(sums + (r * V + v) * L);
+    for (int64_t row = 0; row < rows; ++row) {
+      const A* lines[R];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) lines[r] = x + r;
+      multiply_add(sum, lines, pixel_step, grad, V * L, shape_.out_width);
+      x += tile_width_ * shape_.in_group();
+      grad += shape_.out_width * V * L;
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store_vector(sums + (r * V + v) * L, sum[r][v]);
+  }
+
+  Image<const T> grad_output_, input_;
+  const Conv2dShape& shape_;
+  Panels<A> panels_;
+  int64_t tile_width_, visit_rows_, visits_, slices_;
+};
+
+}  // namespace
+
+template <typename T>
+void conv2d_direct_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
+                                   const Conv2dShape& s, ParallelFor threads) {
+  const DirectGradWeight<T> gradient(grad_output, input, s);
+  const Scratch<accumulate_t<T>> sums(gradient.slices() * gradient.slice_size());
+  parallel_for(threads, gradient.items(),
+               [&](int64_t begin, int64_t end) { gradient.compute(begin, end, sums.data()); });
+  parallel_for(threads, gradient.columns(), [&](int64_t begin, int64_t end) {
+    gradient.finish(begin, end, sums.data(), grad_weight, grad_bias);
+  });
+}
+
+#define FASTCONV_INSTANTIATE(T)                                                                     \
+  template void conv2d_direct_grad_weight_cpu(const T*, const T*, T*, T*, const Conv2dShape&, ParallelFor);
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY
