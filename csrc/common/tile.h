@@ -47,8 +47,8 @@ Block<A> tile_block(A* tile, int64_t first, int64_t width) {
 }
 
 // Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes repeat the
-// last. In a contiguous image the rows of a channel are one run, transposed L pixels at a time. `step`: between
-// two pixels of the tile.
+// last. In a contiguous image the rows of a channel are one run, transposed L pixels at a time. `step`:
+// between two pixels of the tile.
 template <typename T, typename A>
 void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,
                A* tile, int64_t step = lanes_of<A>) {

@@ -78,6 +78,6 @@ struct Conv2dEpilogue {
                                            T* grad_bias, accumulate_t<T>* workspace,                       \
                                            const Conv2dShape& shape, void* stream);
 
-FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU(direct))
+FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU(direct) FASTCONV_CONV2D_CPU(im2col))
 
 }  // namespace fastconv

@@ -60,13 +60,13 @@ class Direct {
         longest_run_(pass.from_group) {
     int64_t parts = 0;
     for (const Phase& phase : pass.geometry.phases) {
-      parts = std::max(parts, ceil_div(pixels(phase), chunk_pixels));
+      parts = std::max(parts, ceil_div(pass.pixels(phase), chunk_pixels));
       longest_run_ = std::max(longest_run_, run(phase));
     }
     // Phases take turns, for they read the same pixels and write between each other's.
     for (int64_t k = 0; k < parts; ++k)
       for (const Phase& phase : pass.geometry.phases)
-        chunks_.push_back({&phase, pixels(phase) * k / parts, pixels(phase) * (k + 1) / parts});
+        chunks_.push_back({&phase, pass.pixels(phase) * k / parts, pass.pixels(phase) * (k + 1) / parts});
   }
 
   int64_t items() const { return int64_t(chunks_.size()) * pass_.groups * panels_.count(); }
@@ -98,13 +98,6 @@ class Direct {
   }
 
  private:
-  int64_t rows(const Phase& phase) const {
-    return std::max<int64_t>(ceil_div(pass_.geometry.out_height - phase.first_row, phase.row_step), 0);
-  }
-  int64_t columns(const Phase& phase) const {
-    return std::max<int64_t>(phase_columns(pass_.geometry, phase), 0);
-  }
-  int64_t pixels(const Phase& phase) const { return pass_.batch * rows(phase) * columns(phase); }
   bool has_runs(const Phase& phase) const { return phase.dilation_width == 1 && pass_.groups == 1; }
   int64_t run(const Phase& phase) const { return pass_.from_group * (has_runs(phase) ? phase.taps_wide : 1); }
 
@@ -161,7 +154,7 @@ class Direct {
   template <int R>
   void locate(const Phase& phase, int64_t group, int64_t q, int64_t count, Pixels<R>& pixels) const {
     const Geometry& g = pass_.geometry;
-    const int64_t columns = this->columns(phase), rows = this->rows(phase);
+    const int64_t columns = pass_.columns(phase), rows = pass_.rows(phase);
     int64_t f = q % columns, e = q / columns % rows, n = q / columns / rows;
     pixels.inner = true;
     for (int r = 0; r < R; ++r) {

@@ -30,6 +30,12 @@ struct DirectPass {
   int64_t taps;
   bool transposed;
 
+  int64_t rows(const Phase& phase) const {
+    return std::max<int64_t>(ceil_div(geometry.out_height - phase.first_row, phase.row_step), 0);
+  }
+  int64_t columns(const Phase& phase) const { return std::max<int64_t>(phase_columns(geometry, phase), 0); }
+  int64_t pixels(const Phase& phase) const { return batch * rows(phase) * columns(phase); }
+
   // Packed weights: (groups, panels, taps in the order of the geometry, from_group, lanes of the panel).
   int64_t packed_size(int64_t padded) const { return groups * padded * taps * from_group; }
 };

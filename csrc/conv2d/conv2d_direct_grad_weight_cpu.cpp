@@ -1,12 +1,16 @@
 // Gradient of a convolution's weight, C++, direct.
 //
-//   grad_weight[m, c, i, j] = sum over n, e, f of grad_output[n, m, e, f] * x[n, c, e * stride + i * dilation - padding, ...]
-// A block of 6 (taps of a row, channels) x 64 filters (AVX-512) is summed in registers over the pixels of some rows: one
-//   value of x meets 64 of grad_output. Both come from scratch tiles, x with its padding: (rows, width, channels) and
-//   (pixels, 64 filters), so layout, types and borders cost nothing in the inner step.
+//   grad_weight[m, c, i, j] = sum over n, e, f of grad_output[n, m, e, f] * x[n, c, e * stride + i * dilation
+//   - padding, ...]
+// A block of 6 (taps of a row, channels) x 64 filters (AVX-512) is summed in registers over the pixels of
+// some rows: one
+//   value of x meets 64 of grad_output. Both come from scratch tiles, x with its padding: (rows, width,
+//   channels) and (pixels, 64 filters), so layout, types and borders cost nothing in the inner step.
 // Bytes: the tiles are copied once for 64 filters and a row of taps, and are read from the L2 cache.
-// Threads share no sums: an item is a slice of the batch's rows, 64 filters, and a row of taps. Slices are added up in
-//   their order, so the result has the same bits for any number of threads; their number depends on the shape.
+// Threads share no sums: an item is a slice of the batch's rows, 64 filters, and a row of taps. Slices are
+// added up in
+//   their order, so the result has the same bits for any number of threads; their number depends on the
+//   shape.
 // Limits: multiply-adds; images of a few pixels, whose sums are loaded and stored too often.
 #include <vector>
 
@@ -16,7 +20,7 @@
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t visit_pixels = 224;        // whose products are added before a block of sums goes back to memory
+constexpr int64_t visit_pixels = 224;  // whose products are added before a block of sums goes back to memory
 constexpr int64_t x_tile_bytes = 256 << 10;  // of the L2 cache
 constexpr int64_t least_items = 8;           // for threads to share
 
@@ -29,18 +33,21 @@ class DirectGradWeight {
   DirectGradWeight(const T* grad_output, const T* input, const Conv2dShape& s)
       : grad_output_{grad_output, s.out_channels, s.out_height, s.out_width, s.channels_last},
         input_{input, s.in_channels, s.in_height, s.in_width, s.channels_last},
-        shape_(s), panels_{s.out_group()} {
+        shape_(s),
+        panels_{s.out_group()} {
     const int64_t reach = (s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width + 1;
     tile_width_ = std::max(reach, s.padding_left + s.in_width);
-    visit_rows_ = std::clamp<int64_t>(visit_pixels / s.out_width, 1,
-                                      std::max<int64_t>(1, x_tile_bytes / (tile_width_ * s.in_group() * sizeof(A))));
+    visit_rows_ =
+        std::clamp<int64_t>(visit_pixels / s.out_width, 1,
+                            std::max<int64_t>(1, x_tile_bytes / (tile_width_ * s.in_group() * sizeof(A))));
     visit_rows_ = std::min(visit_rows_, s.out_height);
     visits_ = s.batch * ceil_div(s.out_height, visit_rows_);
     const int64_t columns = s.groups * panels_.count();
     slices_ = std::min(visits_, ceil_div(least_items, columns));
   }
 
-  // Sums of a slice: (groups, panels, tap rows, lines, lanes of the panel), then the bias: (out_channels, padded).
+  // Sums of a slice: (groups, panels, tap rows, lines, lanes of the panel), then the bias: (out_channels,
+  // padded).
   int64_t lines() const { return shape_.kernel_width * shape_.in_group(); }
   int64_t slice_size() const {
     return shape_.groups * panels_.padded() * (shape_.kernel_height * lines() + 1);
@@ -57,11 +64,19 @@ class DirectGradWeight {
       const int64_t slice = item / shape_.kernel_height / columns();
       const int64_t panel = column % panels_.count();
       switch (panels_.vectors(panel)) {
-        case 1: add_slice<1>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums); break;
-        case 2: add_slice<2>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums); break;
+        case 1:
+          add_slice<1>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums);
+          break;
+        case 2:
+          add_slice<2>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums);
+          break;
 #if defined(__AVX512F__)
-        case 3: add_slice<3>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums); break;
-        case 4: add_slice<4>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums); break;
+        case 3:
+          add_slice<3>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums);
+          break;
+        case 4:
+          add_slice<4>(slice, column / panels_.count(), panel, i, x_tile.data(), grad_tile.data(), sums);
+          break;
 #endif
       }
     }
@@ -86,7 +101,8 @@ class DirectGradWeight {
             T* tap = to + c * s.taps() + i * s.kernel_width + j;
             A values[L];
             store_vector(values, total);
-            for (int64_t lane = 0; lane < lanes; ++lane) store(tap + lane * s.in_group() * s.taps(), values[lane]);
+            for (int64_t lane = 0; lane < lanes; ++lane)
+              store(tap + lane * s.in_group() * s.taps(), values[lane]);
           }
         if (!grad_bias) continue;
         for (int64_t lane = 0; lane < lanes; ++lane) {
@@ -106,7 +122,8 @@ class DirectGradWeight {
 
   // One row of taps of a panel, over the visits of a slice.
   template <int V>
-  void add_slice(int64_t slice, int64_t group, int64_t panel, int64_t i, A* x_tile, A* grad_tile, A* all) const {
+  void add_slice(int64_t slice, int64_t group, int64_t panel, int64_t i, A* x_tile, A* grad_tile,
+                 A* all) const {
     const Conv2dShape& s = shape_;
     A* sums = all + slice * slice_size() + sums_of(group, panel);
     A* bias_sums = sums + s.kernel_height * lines() * V * L;
@@ -115,9 +132,11 @@ class DirectGradWeight {
     if (i == 0) std::fill_n(bias_sums, V * L, A(0));
     const int64_t parts = ceil_div(s.out_height, visit_rows_);
     for (int64_t visit = visits_ * slice / slices_; visit < visits_ * (slice + 1) / slices_; ++visit) {
-      const int64_t n = visit / parts, e = visit % parts * visit_rows_, e_end = std::min(s.out_height, e + visit_rows_);
+      const int64_t n = visit / parts, e = visit % parts * visit_rows_,
+                    e_end = std::min(s.out_height, e + visit_rows_);
       // The rows of grad_output whose tap row i lies inside x.
-      const Range inside = outputs_inside(i * s.dilation_height - s.padding_top, s.stride_height, s.in_height, s.out_height);
+      const Range inside =
+          outputs_inside(i * s.dilation_height - s.padding_top, s.stride_height, s.in_height, s.out_height);
       load_grad<V>(n, e, e_end, group, panel, grad_tile);
       if (i == 0) add_bias<V>(grad_tile, (e_end - e) * s.out_width, bias_sums);
       const int64_t low = std::max(e, inside.begin), high = std::min(e_end, inside.end);
@@ -133,8 +152,8 @@ class DirectGradWeight {
   void load_grad(int64_t n, int64_t begin, int64_t end, int64_t group, int64_t panel, A* tile) const {
     const int64_t first = panel * panels_.width, channel = group * shape_.out_group() + first;
     for (int64_t v = 0; v < V; ++v)
-      load_tile(grad_output_.next(n), Lanes{channel + v * L}, std::min(L, shape_.out_group() - first - v * L), begin, end,
-                tile + v * L, V * L);
+      load_tile(grad_output_.next(n), Lanes{channel + v * L}, std::min(L, shape_.out_group() - first - v * L),
+                begin, end, tile + v * L, V * L);
   }
 
   template <int V>
@@ -156,7 +175,8 @@ class DirectGradWeight {
     const T* source = image.data + row * image.row_stride() + group * channels * image.channel_stride();
     if (image.channels_last) {
       const int64_t runs = shape_.groups == 1 ? 1 : width, length = channels * width / runs;
-      for (int64_t k = 0; k < runs; ++k, source += image.channels, target += length) convert(source, target, length);
+      for (int64_t k = 0; k < runs; ++k, source += image.channels, target += length)
+        convert(source, target, length);
       return;
     }
     int64_t c = 0;
@@ -175,7 +195,8 @@ class DirectGradWeight {
             [&](int k) { return f + k < width ? target + (f + k) * channels + c : nowhere; });
       }
     for (; c < channels; ++c)
-      for (int64_t f = 0; f < width; ++f) target[f * channels + c] = load(source[c * image.channel_stride() + f]);
+      for (int64_t f = 0; f < width; ++f)
+        target[f * channels + c] = load(source[c * image.channel_stride() + f]);
   }
 
   static void convert(const T* source, A* target, int64_t count) {
@@ -244,7 +265,7 @@ void conv2d_direct_grad_weight_cpu(const T* grad_output, const T* input, T* grad
   });
 }
 
-#define FASTCONV_INSTANTIATE(T)                                                                     \
+#define FASTCONV_INSTANTIATE(T) \
   template void conv2d_direct_grad_weight_cpu(const T*, const T*, T*, T*, const Conv2dShape&, ParallelFor);
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 

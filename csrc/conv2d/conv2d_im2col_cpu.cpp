@@ -1,0 +1,319 @@
+// Convolution, C++, im2col: contiguous images, a panel of columns at a time.
+//
+// The columns of 64 output pixels (AVX-512), one line for each channel and tap, are gathered into a panel in
+// the L2 cache;
+//   then a block of 6 filters x 64 pixels is summed in registers: one weight meets 64 pixels. The matrix of
+//   all columns, kernel_height * kernel_width times the image, is never in memory.
+// Bytes: the input once for each tap, mostly from the L1 cache; the weights once for each panel.
+// Against direct: lanes are pixels, not filters, so that contiguous images are read and written without a
+// transpose. Limits: multiply-adds; few filters, for which gathering (a load and a store for each 16 values)
+// is not a trifle.
+#include "conv2d_im2col_cpu.h"
+
+#include <limits>
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t most_lines = 2560;  // of a panel: 640 KB with AVX-512
+constexpr int64_t least_items = 8;    // for threads to share
+
+template <typename T>
+class Im2col {
+ public:
+  using A = accumulate_t<T>;
+  static constexpr int64_t L = lanes_of<A>, width = most_vectors * L;
+
+  Im2col(const T* input, const A* packed, const Conv2dEpilogue<T>& epilogue, T* output,
+         const DirectPass& pass)
+      : input_(input),
+        packed_(packed),
+        epilogue_(epilogue),
+        output_(output),
+        pass_(pass),
+        in_pixels_(pass.geometry.in_height * pass.geometry.in_width),
+        out_pixels_(pass.geometry.out_height * pass.geometry.out_width),
+        input_end_(input + pass.batch * pass.groups * pass.from_group * in_pixels_) {
+    int64_t panels = 0;
+    for (const Phase& phase : pass.geometry.phases)
+      panels = std::max(panels, ceil_div(pass.pixels(phase), width));
+    for (int64_t k = 0; k < panels; ++k)  // phases take turns, for they write between each other's pixels
+      for (const Phase& phase : pass.geometry.phases)
+        if (k * width < pass.pixels(phase)) panels_.push_back({&phase, k * width});
+    // Parts of the filters gather the same columns again.
+    const int64_t most = std::max<int64_t>(1, pass.to_group / 96);
+    parts_ = std::clamp<int64_t>(
+        ceil_div(least_items, std::max<int64_t>(1, int64_t(panels_.size()) * pass.groups)), 1, most);
+  }
+
+  int64_t items() const { return int64_t(panels_.size()) * pass_.groups * parts_; }
+
+  void compute(int64_t begin, int64_t end) const {
+    int64_t most_taps = 1;
+    for (const Phase& phase : pass_.geometry.phases)
+      most_taps = std::max(most_taps, phase.taps_high * phase.taps_wide);
+    const int64_t most_channels = std::min(pass_.from_group, std::max<int64_t>(1, most_lines / most_taps));
+    const Scratch<A> columns(most_channels * most_taps * width + L);
+    const bool several = most_channels < pass_.from_group;
+    const Scratch<A> partial(several ? ceil_div(pass_.to_group, parts_) * width : 0);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t part = item % parts_, group = item / parts_ % pass_.groups;
+      const Panel& panel = panels_[item / parts_ / pass_.groups];
+      Worker worker{*panel.phase,
+                    group,
+                    pass_.to_group * part / parts_,
+                    pass_.to_group * (part + 1) / parts_,
+                    columns.data(),
+                    partial.data(),
+                    {},
+                    0,
+                    0};
+      locate(worker, panel.first);
+      const int64_t channels = std::max<int64_t>(1, most_lines / std::max<int64_t>(1, worker.taps()));
+      for (int64_t c = 0; c == 0 || c < pass_.from_group; c += channels) {
+        const int64_t c_end = std::min(pass_.from_group, c + channels);
+        gather(worker, c, c_end);
+        switch (ceil_div(worker.pixels, L)) {
+          case 1:
+            multiply<1>(worker, c, c_end);
+            break;
+          case 2:
+            multiply<2>(worker, c, c_end);
+            break;
+#if defined(__AVX512F__)
+          case 3:
+            multiply<3>(worker, c, c_end);
+            break;
+          case 4:
+            multiply<4>(worker, c, c_end);
+            break;
+#endif
+        }
+      }
+    }
+  }
+
+ private:
+  struct Panel {  // pixels [first, first + width) of a phase, counted through rows and images
+    const Phase* phase;
+    int64_t first;
+  };
+  struct Run {  // pixels of a panel that lie side by side in a row of an image
+    int64_t lane, count, image, row, column;
+  };
+  struct Worker {
+    const Phase& phase;
+    int64_t group, filter, filter_end;
+    A *columns, *partial;
+    Run runs[width];
+    int64_t run_count, pixels;
+
+    int64_t taps() const { return phase.taps_high * phase.taps_wide; }
+  };
+
+  void locate(Worker& worker, int64_t first) const {
+    const int64_t columns = pass_.columns(worker.phase), rows = pass_.rows(worker.phase);
+    worker.pixels = std::min(width, pass_.pixels(worker.phase) - first);
+    int64_t f = first % columns, e = first / columns % rows, n = first / columns / rows;
+    for (int64_t lane = 0; lane < worker.pixels;) {
+      const int64_t count = std::min(columns - f, worker.pixels - lane);
+      worker.runs[worker.run_count++] = {lane, count, n, e, f};
+      lane += count, f = 0;
+      if (++e == rows) e = 0, ++n;
+    }
+  }
+
+  // The columns of channels [c, c_end): (channels, taps, width).
+  void gather(const Worker& worker, int64_t c, int64_t c_end) const {
+    const Geometry& g = pass_.geometry;
+    const Phase& phase = worker.phase;
+    A* line = worker.columns;
+    for (; c < c_end; ++c) {
+      for (int64_t i = 0; i < phase.taps_high; ++i) {
+        for (int64_t j = 0; j < phase.taps_wide; ++j, line += width) {
+          for (int64_t k = 0; k < worker.run_count; ++k) {
+            const Run& run = worker.runs[k];
+            const int64_t row = run.row * g.stride_height + i * phase.dilation_height - phase.top;
+            const int64_t column = run.column * g.stride_width + j * phase.dilation_width - phase.left;
+            if (uint64_t(row) >= uint64_t(g.in_height)) {
+              std::fill_n(line + run.lane, run.count, A(0));
+              continue;
+            }
+            const int64_t channel = (run.image * pass_.groups + worker.group) * pass_.from_group + c;
+            gather_run(input_ + channel * in_pixels_ + row * g.in_width, column, run.count, line + run.lane);
+          }
+        }
+      }
+    }
+  }
+
+  // Every stride_width-th pixel of a row from `column`, which may begin and end outside of it. Writes whole
+  // vectors, over lanes that the next run fills.
+  void gather_run(const T* row, int64_t column, int64_t count, A* target) const {
+    const int64_t stride = pass_.geometry.stride_width;
+    const Range inside = outputs_inside(column, stride, pass_.geometry.in_width, count);
+    const T* source = row + column;
+    int64_t k = inside.begin;
+    if (stride == 1) {
+      for (; k < inside.end && source + k + L <= input_end_; k += L)
+        store_vector(target + k, load_vector(source + k));
+    } else if (stride == 2) {
+      typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Index;
+      typedef Index Indices __attribute__((vector_size(vector_bytes)));
+      Indices even;
+#pragma GCC unroll 16
+      for (int lane = 0; lane < L; ++lane) even[lane] = 2 * lane;
+      for (; k < inside.end && source + 2 * k + 2 * L <= input_end_; k += L)
+        store_vector(target + k,
+                     __builtin_shuffle(load_vector(source + 2 * k), load_vector(source + 2 * k + L), even));
+    }
+    for (; k < inside.end; ++k) target[k] = load(source[k * stride]);
+    std::fill_n(target, inside.begin, A(0));
+    std::fill(target + inside.end, target + count, A(0));
+  }
+
+  template <int V>
+  void multiply(const Worker& worker, int64_t c, int64_t c_end) const {
+    int64_t m = worker.filter;
+    for (; m + 6 <= worker.filter_end; m += 6) multiply_filters<6, V>(worker, m, c, c_end);
+    if (m + 4 <= worker.filter_end) multiply_filters<4, V>(worker, m, c, c_end), m += 4;
+    if (m + 2 <= worker.filter_end) multiply_filters<2, V>(worker, m, c, c_end), m += 2;
+    if (m < worker.filter_end) multiply_filters<1, V>(worker, m, c, c_end);
+  }
+
+  template <int R, int V>
+  void multiply_filters(const Worker& worker, int64_t m, int64_t c, int64_t c_end) const {
+    const int64_t taps = worker.taps(), lines = pass_.from_group * taps,
+                  filter = worker.group * pass_.to_group + m;
+    const A* weights =
+        packed_ + worker.group * pass_.to_group * pass_.from_group * int64_t(pass_.geometry.taps.size()) +
+        worker.phase.weight_offset * pass_.from_group * pass_.to_group + m * lines + c * taps;
+    A* sums = worker.partial + (m - worker.filter) * width;
+    Vector<A> sum[R][V];
+    const A* rows[R];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      rows[r] = weights + r * lines;
+      const Vector<A> bias = broadcast(epilogue_.bias ? A(load(epilogue_.bias[filter + r])) : A(0));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = c == 0 ? bias : load_vector(sums + r * width + v * L);
+    }
+    multiply_add(sum, rows, 1, worker.columns, width, (c_end - c) * taps);
+    if (c_end < pass_.from_group) {
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store_vector(sums + r * width + v * L, sum[r][v]);
+      return;
+    }
+    A block[R][width];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store_vector(block[r] + v * L, sum[r][v]);
+    for (int r = 0; r < R; ++r) finish(worker, filter + r, block[r]);
+  }
+
+  // Pixels of a filter, from the lanes to where they lie.
+  void finish(const Worker& worker, int64_t filter, const A* sums) const {
+    const Geometry& g = pass_.geometry;
+    const Phase& phase = worker.phase;
+    const int64_t channels = pass_.groups * pass_.to_group;
+    for (int64_t k = 0; k < worker.run_count; ++k) {
+      const Run& run = worker.runs[k];
+      const int64_t at = (run.image * channels + filter) * out_pixels_ +
+                         (phase.first_row + run.row * phase.row_step) * g.out_width + phase.first_column +
+                         run.column * phase.column_step;
+      int64_t count = run.count;
+      if (phase.row_step == 1 && phase.column_step == 1) {  // rows of an image follow each other
+        while (k + 1 < worker.run_count && worker.runs[k + 1].image == run.image)
+          count += worker.runs[++k].count;
+      }
+      store_run(sums + run.lane, at, phase.column_step, count);
+    }
+  }
+
+  void store_run(const A* sums, int64_t at, int64_t step, int64_t count) const {
+    int64_t k = 0;
+    if (step == 1)
+      for (; k + L <= count; k += L) {
+        Vector<A> total = load_vector(sums + k);
+        if (epilogue_.residual) total += load_vector(epilogue_.residual + at + k);
+        store_vector(output_ + at + k, activate_vector<A>(total, epilogue_.activation));
+      }
+    for (; k < count; ++k) {
+      const A residual = epilogue_.residual ? A(load(epilogue_.residual[at + k * step])) : A(0);
+      store(output_ + at + k * step, activate(A(sums[k] + residual), epilogue_.activation));
+    }
+  }
+
+  const T* input_;
+  const A* packed_;
+  const Conv2dEpilogue<T>& epilogue_;
+  T* output_;
+  const DirectPass& pass_;
+  int64_t in_pixels_, out_pixels_;
+  const T* input_end_;
+  int64_t parts_;
+  std::vector<Panel> panels_;
+};
+
+}  // namespace
+
+template <typename T>
+void im2col_pack(const T* weight, accumulate_t<T>* packed, const DirectPass& pass, ParallelFor threads) {
+  const int64_t from = pass.from_group, to = pass.to_group, taps = pass.taps;
+  const Geometry& g = pass.geometry;
+  parallel_for(threads, pass.groups * to, [&](int64_t begin, int64_t end) {
+    for (int64_t filter = begin; filter < end; ++filter) {
+      const int64_t group = filter / to, m = filter % to;
+      for (const Phase& phase : g.phases) {
+        const int64_t count = phase.taps_high * phase.taps_wide;
+        accumulate_t<T>* target =
+            packed + (group * int64_t(g.taps.size()) + phase.weight_offset) * from * to + m * from * count;
+        for (int64_t c = 0; c < from; ++c) {
+          const T* source =
+              weight + (pass.transposed ? (group * from + c) * to + m : filter * from + c) * taps;
+          for (int64_t k = 0; k < count; ++k) *target++ = load(source[g.taps[phase.weight_offset + k]]);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void im2col_convolve(const T* input, const accumulate_t<T>* packed, const Conv2dEpilogue<T>& epilogue,
+                     T* output, const DirectPass& pass, ParallelFor threads) {
+  const Im2col<T> im2col(input, packed, epilogue, output, pass);
+  parallel_for(threads, im2col.items(), [&](int64_t begin, int64_t end) { im2col.compute(begin, end); });
+}
+
+template <typename T>
+int64_t conv2d_im2col_packed_size(const Conv2dShape& s) {
+  return s.out_channels * s.in_group() * s.taps();
+}
+
+template <typename T>
+void conv2d_im2col_pack_weight_cpu(const T* weight, accumulate_t<T>* packed, const Conv2dShape& s,
+                                   ParallelFor threads) {
+  im2col_pack(weight, packed, direct_forward(s), threads);
+}
+
+template <typename T>
+void conv2d_im2col_forward_cpu(const T* input, const accumulate_t<T>* packed,
+                               const Conv2dEpilogue<T>& epilogue, T* output, const Conv2dShape& s,
+                               ParallelFor threads) {
+  im2col_convolve(input, packed, epilogue, output, direct_forward(s), threads);
+}
+
+#define FASTCONV_INSTANTIATE(T)                                                                             \
+  template void im2col_pack(const T*, accumulate_t<T>*, const DirectPass&, ParallelFor);                    \
+  template void im2col_convolve(const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*,             \
+                                const DirectPass&, ParallelFor);                                            \
+  template int64_t conv2d_im2col_packed_size<T>(const Conv2dShape&);                                        \
+  template void conv2d_im2col_pack_weight_cpu(const T*, accumulate_t<T>*, const Conv2dShape&, ParallelFor); \
+  template void conv2d_im2col_forward_cpu(const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*,   \
+                                          const Conv2dShape&, ParallelFor);
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY
