@@ -81,6 +81,53 @@ void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, i
     for (int lane = 0; lane < L; ++lane) tile[k * step + lane] = load(runs[lane][k]);
 }
 
+template <typename T, typename A>
+void convert_run(const T* source, A* target, int64_t count) {
+  constexpr int64_t L = lanes_of<A>;
+  int64_t k = 0;
+  for (; k + L <= count; k += L) store_vector(target + k, load_vector(source + k));
+  for (; k < count; ++k) target[k] = load(source[k]);
+}
+
+// Copies pixels [first, first + pixels) of channels [channel, channel + channels) into a (pixels, channels)
+// tile.
+template <typename T, typename A>
+void load_pixels(const Image<const T>& image, int64_t channel, int64_t channels, int64_t first,
+                 int64_t pixels, A* tile) {
+  constexpr int64_t L = lanes_of<A>;
+  const int64_t plane = image.height * image.width;
+  if (image.channels_last) {
+    const T* source = image.data + first * image.channels + channel;
+    const bool whole = channels == image.channels;
+    const int64_t length = whole ? pixels * channels : channels;
+    for (int64_t k = 0; k < (whole ? 1 : pixels); ++k)
+      convert_run(source + k * image.channels, tile + k * channels, length);
+    return;
+  }
+  const T* source = image.data + channel * plane + first;
+  const T* end = image.data + image.channels * plane;
+  if (channels < L) {
+    for (int64_t k = 0; k < pixels; ++k)
+      for (int64_t c = 0; c < channels; ++c) tile[k * channels + c] = load(source[c * plane + k]);
+    return;
+  }
+  for (int64_t block = 0; block < channels; block += L) {
+    const int64_t c = std::min(block, channels - L);  // the last block overlaps the one before
+    for (int64_t k = 0; k < pixels; k += L) {
+      T rest[L];
+      A nowhere[L];  // takes what is read beyond the pixels
+      transpose_square<A>(
+          [&](int lane) {
+            const T* at = source + (c + lane) * plane + k;
+            if (at + L <= end) return at;
+            std::copy(at, end, rest);
+            return static_cast<const T*>(rest);
+          },
+          [&](int pixel) { return k + pixel < pixels ? tile + (k + pixel) * channels + c : nowhere; });
+    }
+  }
+}
+
 // The way back: rows [begin, end) of a (rows, width, lanes) tile into the image.
 template <typename T, typename A>
 void store_tile(const Image<T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,

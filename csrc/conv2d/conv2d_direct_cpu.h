@@ -1,4 +1,4 @@
-// One pass of convolution over channels_last images, shared by forward and the transposed convolution.
+// One pass of convolution, shared by forward and the transposed convolution.
 #pragma once
 
 #include <vector>
@@ -28,7 +28,7 @@ struct DirectPass {
   Geometry geometry;
   int64_t batch, groups, from_group, to_group;  // channels of a group: read, written
   int64_t taps;
-  bool transposed;
+  bool transposed, channels_last;
 
   int64_t rows(const Phase& phase) const {
     return std::max<int64_t>(ceil_div(geometry.out_height - phase.first_row, phase.row_step), 0);
@@ -41,15 +41,35 @@ struct DirectPass {
 };
 
 inline DirectPass direct_forward(const Conv2dShape& s) {
-  return {forward_geometry(s), s.batch, s.groups, s.in_group(), s.out_group(), s.taps(), false};
+  return {forward_geometry(s), s.batch,  s.groups, s.in_group(),
+          s.out_group(),       s.taps(), false,    s.channels_last};
 }
 inline DirectPass direct_transposed(const Conv2dShape& s) {
   Conv2dShape all = s;  // so that packed weights have every phase, also those that a small image lacks
   all.in_height = std::max(s.in_height, s.stride_height);
   all.in_width = std::max(s.in_width, s.stride_width);
-  DirectPass pass{grad_input_geometry(all), s.batch, s.groups, s.out_group(), s.in_group(), s.taps(), true};
+  DirectPass pass{grad_input_geometry(all), s.batch, s.groups, s.out_group(), s.in_group(), s.taps(), true,
+                  s.channels_last};
   pass.geometry.out_height = s.in_height, pass.geometry.out_width = s.in_width;
   return pass;
+}
+
+// Stores sums of one channel, of pixels `step` apart; `at`: the index of the first in the output.
+template <typename T, typename A>
+void store_run(const A* sums, const Conv2dEpilogue<T>& epilogue, T* output, int64_t at, int64_t step,
+               int64_t count) {
+  constexpr int64_t L = lanes_of<A>;
+  int64_t k = 0;
+  if (step == 1)
+    for (; k + L <= count; k += L) {
+      Vector<A> total = load_vector(sums + k);
+      if (epilogue.residual) total += load_vector(epilogue.residual + at + k);
+      store_vector(output + at + k, activate_vector<A>(total, epilogue.activation));
+    }
+  for (; k < count; ++k) {
+    const A residual = epilogue.residual ? A(load(epilogue.residual[at + k * step])) : A(0);
+    store(output + at + k * step, activate(A(sums[k] + residual), epilogue.activation));
+  }
 }
 
 template <typename T>

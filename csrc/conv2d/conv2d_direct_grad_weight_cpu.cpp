@@ -171,38 +171,7 @@ class DirectGradWeight {
     std::fill_n(tile, left * channels, A(0));
     A* target = tile + left * channels;
     std::fill(target + width * channels, tile + tile_width_ * channels, A(0));
-    const Image<const T> image = input_.next(n);
-    const T* source = image.data + row * image.row_stride() + group * channels * image.channel_stride();
-    if (image.channels_last) {
-      const int64_t runs = shape_.groups == 1 ? 1 : width, length = channels * width / runs;
-      for (int64_t k = 0; k < runs; ++k, source += image.channels, target += length)
-        convert(source, target, length);
-      return;
-    }
-    int64_t c = 0;
-    const T* end = input_.next(shape_.batch).data;
-    T last[L];  // the end of a row where reading on would leave the tensor
-    for (; c + L <= channels; c += L)
-      for (int64_t f = 0; f < width; f += L) {
-        A nowhere[L];
-        transpose_square<A>(
-            [&](int lane) {
-              const T* at = source + (c + lane) * image.channel_stride() + f;
-              if (at + L <= end) return at;
-              std::copy(at, end, last);
-              return static_cast<const T*>(last);
-            },
-            [&](int k) { return f + k < width ? target + (f + k) * channels + c : nowhere; });
-      }
-    for (; c < channels; ++c)
-      for (int64_t f = 0; f < width; ++f)
-        target[f * channels + c] = load(source[c * image.channel_stride() + f]);
-  }
-
-  static void convert(const T* source, A* target, int64_t count) {
-    int64_t k = 0;
-    for (; k + L <= count; k += L) store_vector(target + k, load_vector(source + k));
-    for (; k < count; ++k) target[k] = load(source[k]);
+    load_pixels(input_.next(n), group * channels, channels, row * width, width, target);
   }
 
   template <int V>

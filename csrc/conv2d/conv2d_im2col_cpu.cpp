@@ -229,21 +229,7 @@ class Im2col {
         while (k + 1 < worker.run_count && worker.runs[k + 1].image == run.image)
           count += worker.runs[++k].count;
       }
-      store_run(sums + run.lane, at, phase.column_step, count);
-    }
-  }
-
-  void store_run(const A* sums, int64_t at, int64_t step, int64_t count) const {
-    int64_t k = 0;
-    if (step == 1)
-      for (; k + L <= count; k += L) {
-        Vector<A> total = load_vector(sums + k);
-        if (epilogue_.residual) total += load_vector(epilogue_.residual + at + k);
-        store_vector(output_ + at + k, activate_vector<A>(total, epilogue_.activation));
-      }
-    for (; k < count; ++k) {
-      const A residual = epilogue_.residual ? A(load(epilogue_.residual[at + k * step])) : A(0);
-      store(output_ + at + k * step, activate(A(sums[k] + residual), epilogue_.activation));
+      store_run(sums + run.lane, epilogue_, output_, at, phase.column_step, count);
     }
   }
 
