@@ -59,15 +59,9 @@ class Im2col {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item % parts_, group = item / parts_ % pass_.groups;
       const Panel& panel = panels_[item / parts_ / pass_.groups];
-      Worker worker{*panel.phase,
-                    group,
-                    pass_.to_group * part / parts_,
-                    pass_.to_group * (part + 1) / parts_,
-                    columns.data(),
-                    partial.data(),
-                    {},
-                    0,
-                    0};
+      Worker worker{
+          *panel.phase,   group,         pass_.to_group * part / parts_, pass_.to_group * (part + 1) / parts_,
+          columns.data(), partial.data()};
       locate(worker, panel.first);
       const int64_t channels = std::max<int64_t>(1, most_lines / std::max<int64_t>(1, worker.taps()));
       for (int64_t c = 0; c == 0 || c < pass_.from_group; c += channels) {
@@ -101,61 +95,81 @@ class Im2col {
   struct Run {  // pixels of a panel that lie side by side in a row of an image
     int64_t lane, count, image, row, column;
   };
+  static constexpr int64_t padding = std::numeric_limits<int64_t>::min();
+  struct Piece {  // lanes of a channel's lines, at `target`, and the pixel of the channel's image that the
+                  // first reads
+    int64_t target, count, source;
+  };
   struct Worker {
     const Phase& phase;
     int64_t group, filter, filter_end;
     A *columns, *partial;
-    Run runs[width];
-    int64_t run_count, pixels;
+    int64_t pixels = 0;
+    std::vector<Run> runs = {};
+    std::vector<Piece> pieces = {};
 
     int64_t taps() const { return phase.taps_high * phase.taps_wide; }
   };
 
+  // The runs of pixels of a panel, and for each tap the pieces of a line that they fill.
   void locate(Worker& worker, int64_t first) const {
-    const int64_t columns = pass_.columns(worker.phase), rows = pass_.rows(worker.phase);
-    worker.pixels = std::min(width, pass_.pixels(worker.phase) - first);
+    const Phase& phase = worker.phase;
+    const Geometry& g = pass_.geometry;
+    const int64_t columns = pass_.columns(phase), rows = pass_.rows(phase);
+    worker.pixels = std::min(width, pass_.pixels(phase) - first);
+    worker.runs.clear();
     int64_t f = first % columns, e = first / columns % rows, n = first / columns / rows;
     for (int64_t lane = 0; lane < worker.pixels;) {
       const int64_t count = std::min(columns - f, worker.pixels - lane);
-      worker.runs[worker.run_count++] = {lane, count, n, e, f};
+      worker.runs.push_back({lane, count, n, e, f});
       lane += count, f = 0;
       if (++e == rows) e = 0, ++n;
     }
+    worker.pieces.clear();
+    const auto add = [&](int64_t target, int64_t count, int64_t source) {
+      if (count > 0) worker.pieces.push_back({target, count, source});
+    };
+    for (int64_t t = 0; t < worker.taps(); ++t)
+      for (const Run& run : worker.runs) {
+        const int64_t row =
+            run.row * g.stride_height + t / phase.taps_wide * phase.dilation_height - phase.top;
+        const int64_t column =
+            run.column * g.stride_width + t % phase.taps_wide * phase.dilation_width - phase.left;
+        const bool outside = uint64_t(row) >= uint64_t(g.in_height);
+        const Range inside =
+            outside ? Range{0, 0} : outputs_inside(column, g.stride_width, g.in_width, run.count);
+        const int64_t target = t * width + run.lane;
+        const int64_t image = (run.image * pass_.groups + worker.group) * pass_.from_group * in_pixels_;
+        add(target, inside.begin, padding);
+        add(target + inside.begin, inside.end - inside.begin,
+            image + row * g.in_width + column + inside.begin * g.stride_width);
+        add(target + inside.end, run.count - inside.end, padding);
+      }
   }
 
-  // The columns of channels [c, c_end): (channels, taps, width).
+  // The columns of channels [c, c_end): (channels, taps, width). Pieces are written as whole vectors, over
+  // lanes that the next piece fills.
   void gather(const Worker& worker, int64_t c, int64_t c_end) const {
-    const Geometry& g = pass_.geometry;
-    const Phase& phase = worker.phase;
-    A* line = worker.columns;
-    for (; c < c_end; ++c) {
-      for (int64_t i = 0; i < phase.taps_high; ++i) {
-        for (int64_t j = 0; j < phase.taps_wide; ++j, line += width) {
-          for (int64_t k = 0; k < worker.run_count; ++k) {
-            const Run& run = worker.runs[k];
-            const int64_t row = run.row * g.stride_height + i * phase.dilation_height - phase.top;
-            const int64_t column = run.column * g.stride_width + j * phase.dilation_width - phase.left;
-            if (uint64_t(row) >= uint64_t(g.in_height)) {
-              std::fill_n(line + run.lane, run.count, A(0));
-              continue;
-            }
-            const int64_t channel = (run.image * pass_.groups + worker.group) * pass_.from_group + c;
-            gather_run(input_ + channel * in_pixels_ + row * g.in_width, column, run.count, line + run.lane);
-          }
+    A* target = worker.columns;
+    for (const T* channel = input_ + c * in_pixels_; c < c_end; ++c, channel += in_pixels_) {
+      for (const Piece& piece : worker.pieces) {
+        A* line = target + piece.target;
+        if (piece.source == padding) {
+          for (int64_t k = 0; k < piece.count; k += L) store_vector(line + k, Vector<A>{});
+        } else {
+          gather_piece(channel + piece.source, piece.count, line);
         }
       }
+      target += worker.taps() * width;
     }
   }
 
-  // Every stride_width-th pixel of a row from `column`, which may begin and end outside of it. Writes whole
-  // vectors, over lanes that the next run fills.
-  void gather_run(const T* row, int64_t column, int64_t count, A* target) const {
+  // Every stride_width-th pixel of a row.
+  void gather_piece(const T* source, int64_t count, A* target) const {
     const int64_t stride = pass_.geometry.stride_width;
-    const Range inside = outputs_inside(column, stride, pass_.geometry.in_width, count);
-    const T* source = row + column;
-    int64_t k = inside.begin;
+    int64_t k = 0;
     if (stride == 1) {
-      for (; k < inside.end && source + k + L <= input_end_; k += L)
+      for (; k < count && source + k + L <= input_end_; k += L)
         store_vector(target + k, load_vector(source + k));
     } else if (stride == 2) {
       typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Index;
@@ -163,13 +177,11 @@ class Im2col {
       Indices even;
 #pragma GCC unroll 16
       for (int lane = 0; lane < L; ++lane) even[lane] = 2 * lane;
-      for (; k < inside.end && source + 2 * k + 2 * L <= input_end_; k += L)
+      for (; k < count && source + 2 * k + 2 * L <= input_end_; k += L)
         store_vector(target + k,
                      __builtin_shuffle(load_vector(source + 2 * k), load_vector(source + 2 * k + L), even));
     }
-    for (; k < inside.end; ++k) target[k] = load(source[k * stride]);
-    std::fill_n(target, inside.begin, A(0));
-    std::fill(target + inside.end, target + count, A(0));
+    for (; k < count; ++k) target[k] = load(source[k * stride]);
   }
 
   template <int V>
@@ -206,6 +218,7 @@ class Im2col {
         for (int v = 0; v < V; ++v) store_vector(sums + r * width + v * L, sum[r][v]);
       return;
     }
+    if (store_in_place<R, V>(worker, filter, sum)) return;
     A block[R][width];
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
@@ -214,19 +227,45 @@ class Im2col {
     for (int r = 0; r < R; ++r) finish(worker, filter + r, block[r]);
   }
 
+  // The plain case, a panel of consecutive pixels, straight from the registers; false, and nothing done,
+  // where there is more to do.
+  template <int R, int V>
+  inline __attribute__((always_inline)) bool store_in_place(const Worker& worker, int64_t filter,
+                                                            Vector<A> (&sum)[R][V]) const {
+    if constexpr (std::is_same_v<T, A>) {
+      const Phase& phase = worker.phase;
+      const Activation activation = epilogue_.activation;
+      const Run &run = worker.runs.front(), &last = worker.runs.back();
+      if (worker.pixels < V * L || run.image != last.image || phase.row_step > 1 || phase.column_step > 1 ||
+          epilogue_.residual || (activation != Activation::none && activation != Activation::relu))
+        return false;
+      T* target = output_ + (run.image * pass_.groups * pass_.to_group + filter) * out_pixels_ +
+                  run.row * pass_.geometry.out_width + run.column;
+      const Vector<A> least =
+          broadcast(activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity());
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v)
+          store_vector(target + r * out_pixels_ + v * L, sum[r][v] < least ? least : sum[r][v]);
+      return true;
+    }
+    return false;
+  }
+
   // Pixels of a filter, from the lanes to where they lie.
   void finish(const Worker& worker, int64_t filter, const A* sums) const {
     const Geometry& g = pass_.geometry;
     const Phase& phase = worker.phase;
     const int64_t channels = pass_.groups * pass_.to_group;
-    for (int64_t k = 0; k < worker.run_count; ++k) {
+    for (int64_t k = 0; k < int64_t(worker.runs.size()); ++k) {
       const Run& run = worker.runs[k];
       const int64_t at = (run.image * channels + filter) * out_pixels_ +
                          (phase.first_row + run.row * phase.row_step) * g.out_width + phase.first_column +
                          run.column * phase.column_step;
       int64_t count = run.count;
       if (phase.row_step == 1 && phase.column_step == 1) {  // rows of an image follow each other
-        while (k + 1 < worker.run_count && worker.runs[k + 1].image == run.image)
+        while (k + 1 < int64_t(worker.runs.size()) && worker.runs[k + 1].image == run.image)
           count += worker.runs[++k].count;
       }
       store_run(sums + run.lane, epilogue_, output_, at, phase.column_step, count);
