@@ -331,6 +331,13 @@ void conv2d_im2col_forward_cpu(const T* input, const accumulate_t<T>* packed,
   im2col_convolve(input, packed, epilogue, output, direct_forward(s), threads);
 }
 
+// Direct's serves contiguous images as well: its tiles hold each value once, not once for each tap.
+template <typename T>
+void conv2d_im2col_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
+                                   const Conv2dShape& s, ParallelFor threads) {
+  conv2d_direct_grad_weight_cpu(grad_output, input, grad_weight, grad_bias, s, threads);
+}
+
 #define FASTCONV_INSTANTIATE(T)                                                                             \
   template void im2col_pack(const T*, accumulate_t<T>*, const DirectPass&, ParallelFor);                    \
   template void im2col_convolve(const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*,             \
@@ -338,7 +345,8 @@ void conv2d_im2col_forward_cpu(const T* input, const accumulate_t<T>* packed,
   template int64_t conv2d_im2col_packed_size<T>(const Conv2dShape&);                                        \
   template void conv2d_im2col_pack_weight_cpu(const T*, accumulate_t<T>*, const Conv2dShape&, ParallelFor); \
   template void conv2d_im2col_forward_cpu(const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*,   \
-                                          const Conv2dShape&, ParallelFor);
+                                          const Conv2dShape&, ParallelFor);                                 \
+  template void conv2d_im2col_grad_weight_cpu(const T*, const T*, T*, T*, const Conv2dShape&, ParallelFor);
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY
