@@ -78,4 +78,11 @@ struct Conv2dEpilogue {
                                            T* grad_bias, accumulate_t<T>* workspace,                       \
                                            const Conv2dShape& shape, void* stream);
 
+// The variants that the binding knows, as macro(variant), the first choice first.
+#define FASTCONV_CONV2D_CPU_VARIANTS(macro) macro(plain)
+#define FASTCONV_CONV2D_CUDA_VARIANTS(macro)
+
+FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU_VARIANTS(FASTCONV_CONV2D_CPU))
+FASTCONV_CONV2D_CUDA_VARIANTS(FASTCONV_CONV2D_CUDA)
+
 }  // namespace fastconv
