@@ -78,6 +78,11 @@ struct Conv2dEpilogue {
                                            T* grad_bias, accumulate_t<T>* workspace,                       \
                                            const Conv2dShape& shape, void* stream);
 
-FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU(direct) FASTCONV_CONV2D_CPU(im2col))
+// The variants that the binding knows, as macro(variant), the first choice first.
+#define FASTCONV_CONV2D_CPU_VARIANTS(macro) macro(direct) macro(im2col) macro(plain)
+#define FASTCONV_CONV2D_CUDA_VARIANTS(macro)
+
+FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU_VARIANTS(FASTCONV_CONV2D_CPU))
+FASTCONV_CONV2D_CUDA_VARIANTS(FASTCONV_CONV2D_CUDA)
 
 }  // namespace fastconv

@@ -40,6 +40,11 @@ namespace fastconv {
   bool conv_transpose2d_##variant##_forward_cuda(const T* input, const T* weight, const T* bias, T* output, \
                                                  const Conv2dShape& shape, void* stream);
 
-FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU(direct) FASTCONV_CONV_TRANSPOSE2D_CPU(im2col))
+// The variants that the binding knows, as macro(variant), the first choice first.
+#define FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(macro) macro(direct) macro(im2col) macro(plain)
+#define FASTCONV_CONV_TRANSPOSE2D_CUDA_VARIANTS(macro)
+
+FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CPU))
+FASTCONV_CONV_TRANSPOSE2D_CUDA_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CUDA)
 
 }  // namespace fastconv
