@@ -48,6 +48,17 @@ def check_not_packed(packed: torch.Tensor | None) -> None:
         raise ValueError("packed must be None: only the C++ kernels read packed weights")
 
 
+def why_not(algorithm: str | None, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]):
+    """Which condition of an algorithm a convolution fails, or a transposed one; None if none."""
+    one = all(k == 1 for k in weight.shape[2:]) and all(s == 1 for s in stride)
+    if algorithm == "pointwise" and not (one and not any(padding)):
+        return (
+            "algorithm='pointwise' needs a 1x1 weight, stride 1 and no padding, got a weight of "
+            f"{weight.shape[2]}x{weight.shape[3]}, stride={tuple(stride)}, padding={tuple(padding)}"
+        )
+    return None
+
+
 def serves(
     why_not: Callable[..., str | None], op: Any, algorithm: str | None, input: Any, *rest: Any
 ) -> bool:
