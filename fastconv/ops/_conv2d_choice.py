@@ -11,7 +11,7 @@ from . import _convolution
 
 
 def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups) -> str | None:
-    return _convolution.why_not(algorithm, weight, stride, padding)
+    return _convolution.why_not(algorithm, input, weight, stride, padding, dilation)
 
 
 def prefer(input, weight, stride, padding, dilation, groups) -> tuple[str, ...]:
@@ -22,7 +22,7 @@ def prefer(input, weight, stride, padding, dilation, groups) -> tuple[str, ...]:
 choose = Choice(
     "conv2d",
     algorithms={
-        "cpu": ("plain",),
+        "cpu": ("direct", "im2col", "plain"),
         "triton": ("implicit_gemm", "pointwise"),
         "aten": ("convolution", "unfold"),
         "reference": (),
