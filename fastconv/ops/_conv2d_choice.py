@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from ..backends import Choice
 from ..precision import get_precision
+from . import _convolution
 
 
 def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups) -> str | None:
-    return None
+    return _convolution.why_not(algorithm, input, weight, stride, padding, dilation)
 
 
 def prefer(input, weight, stride, padding, dilation, groups) -> tuple[str, ...]:
@@ -21,7 +22,8 @@ def prefer(input, weight, stride, padding, dilation, groups) -> tuple[str, ...]:
 choose = Choice(
     "conv2d",
     algorithms={
-        "cpu": ("plain",),
+        "cpu": ("direct", "im2col", "plain"),
+        "triton": ("implicit_gemm", "pointwise"),
         "aten": ("convolution", "unfold"),
         "reference": (),
     },

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ._arguments import check_integers, check_tensor, integer
-from ._operator import autocast, library
+from ._operator import autocast, library, memory_format_of
 
 
 def check_groups(input: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
@@ -46,6 +46,21 @@ def check_operands(input, weight, stride, padding, dilation, groups, sides) -> N
 def check_not_packed(packed: torch.Tensor | None) -> None:
     if packed is not None:
         raise ValueError("packed must be None: only the C++ kernels read packed weights")
+
+
+def why_not(algorithm, input, weight, stride, padding, dilation) -> str | None:
+    """Which condition of an algorithm a convolution, or a transposed one, fails; None if none."""
+    kernel = f"a {weight.shape[2]}x{weight.shape[3]} weight"
+    if algorithm == "im2col" and memory_format_of(input) != torch.contiguous_format:
+        return "algorithm='im2col' needs a contiguous input, got a channels_last one"
+    if algorithm == "pointwise" and (
+        any(value != 1 for value in (*weight.shape[2:], *stride)) or any(value != 0 for value in padding)
+    ):
+        return (
+            f"algorithm='pointwise' needs a 1x1 weight, stride 1 and no padding, got {kernel}, "
+            f"stride={tuple(stride)}, padding={tuple(padding)}"
+        )
+    return None
 
 
 def serves(

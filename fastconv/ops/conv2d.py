@@ -96,8 +96,9 @@ def conv2d(
         activation: None, ``"relu"``, ``"relu6"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
         residual: what is added before the activation, in the shape of the output, or None.
         backend: see :mod:`fastconv.backends`; None takes the measured best.
-        algorithm: a kernel of the backend: ``"plain"`` on the CPU; of ``"aten"``, ``"convolution"``, or
-            ``"unfold"``, which multiplies matrices of unfolded windows with BLAS.
+        algorithm: a kernel of the backend. On the CPU ``"direct"``, ``"im2col"`` (contiguous inputs) or
+            ``"plain"``; in Triton ``"implicit_gemm"`` or ``"pointwise"`` (1x1, stride 1, no padding); of
+            ``"aten"`` ``"convolution"`` or ``"unfold"`` (a product of matrices by BLAS).
 
     Returns:
         ``(N, M, E, F)``, ``E = floor((H + padding - dilation*(KH-1) - 1) / stride) + 1``.

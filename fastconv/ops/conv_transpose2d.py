@@ -9,6 +9,7 @@ import torch
 
 from ..backends import Choice
 from ..precision import get_precision
+from . import _convolution
 from ._arguments import check_integers, check_tensor, integer, pair
 from ._convolution import (
     autocast_but,
@@ -96,7 +97,8 @@ def conv_transpose2d(
         groups: ``G``; the channels of a group reach that group's outputs alone.
         dilation: pixels between taps.
         backend: see :mod:`fastconv.backends`; None takes the measured best.
-        algorithm: a kernel of the backend: ``"plain"`` on the CPU.
+        algorithm: a kernel of the backend. On the CPU ``"direct"``, ``"im2col"`` (contiguous inputs) or
+            ``"plain"``; in Triton ``"implicit_gemm"`` or ``"pointwise"`` (1x1, stride 1, no padding).
 
     Returns:
         ``(N, M, H, W)``, ``H = (E - 1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1``.
@@ -166,7 +168,7 @@ def _check(input, weight, bias, stride, padding, output_padding, dilation, group
 def _why_not(
     backend, algorithm, input, weight, stride, padding, output_padding, dilation, groups
 ) -> str | None:
-    return None
+    return _convolution.why_not(algorithm, input, weight, stride, (*padding, *output_padding), dilation)
 
 
 def _prefer(input, weight, stride, padding, output_padding, dilation, groups) -> tuple[str, ...]:
@@ -177,7 +179,8 @@ def _prefer(input, weight, stride, padding, output_padding, dilation, groups) ->
 choose = Choice(
     "conv_transpose2d",
     algorithms={
-        "cpu": ("plain",),
+        "cpu": ("direct", "im2col", "plain"),
+        "triton": ("implicit_gemm", "pointwise"),
         "aten": (),
         "reference": (),
     },
