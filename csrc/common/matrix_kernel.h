@@ -37,4 +37,30 @@ inline __attribute__((always_inline)) void multiply_add(Vector<A> (&sum)[R][V], 
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same for pairs: the products of both values are added to the lane's sum.
+template <int R, int V>
+inline __attribute__((always_inline)) void multiply_add(Vector<float> (&sum)[R][V],
+                                                        const BFloat16Pair* const (&rows)[R],
+                                                        int64_t row_step, const BFloat16Pair* panel,
+                                                        int64_t panel_step, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) {
+    __m512bh line[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      line[v] = (__m512bh)_mm512_loadu_si512(panel + k * panel_step + v * lanes_of<float>);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r) {
+      int bits;
+      __builtin_memcpy(&bits, rows[r] + k * row_step, sizeof(bits));
+      __m512i value = _mm512_set1_epi32(bits);
+      keep_in_register(value);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = (Vector<float>)_mm512_dpbf16_ps((__m512)sum[r][v], (__m512bh)value, line[v]);
+    }
+  }
+}
+#endif
+
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY

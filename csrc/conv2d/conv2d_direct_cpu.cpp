@@ -9,17 +9,10 @@
 //   cache once for each 6 pixels.
 // The taps of a row that lie side by side in memory are one run, so that few channels (a stem has 3) cost no
 // more. Limits: multiply-adds; few channels with groups, whose runs are short (see conv2d_grouped_cpu.cpp).
-#include "conv2d_direct_cpu.h"
-
-#include <limits>
-
-#include "../common/tile.h"
+#include "conv2d_direct_pass_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
-
-constexpr int64_t l2_bytes = 512 << 10;  // of a panel's weights that are used again and again
-constexpr int64_t chunk_pixels = 192;    // that a panel's weights serve before the next panel comes
 
 // Copies lanes that lie lane_step apart, of which the first `lanes` exist: target(q)[lane] = source[lane *
 // step + q].
@@ -40,299 +33,13 @@ void pack_lanes(const T* source, int64_t lane_step, int64_t lanes, int64_t lengt
       target(q)[lane] = lane < lanes ? load(source[lane * lane_step + q]) : A(0);
 }
 
-struct Chunk {  // rows [begin, end) of a phase, counted through images
-  const Phase* phase;
-  int64_t begin, end;
-};
-
-template <typename T>
-class Direct {
- public:
-  using A = accumulate_t<T>;
-  static constexpr int64_t L = lanes_of<A>;
-
-  Direct(const T* input, const A* packed, const Conv2dEpilogue<T>& epilogue, T* output,
-         const DirectPass& pass)
-      : input_{input, pass.groups * pass.from_group, pass.geometry.in_height, pass.geometry.in_width,
-               pass.channels_last},
-        packed_(packed),
-        epilogue_(epilogue),
-        output_{output, pass.groups * pass.to_group, pass.geometry.out_height, pass.geometry.out_width,
-                pass.channels_last},
-        pass_(pass),
-        panels_{pass.to_group},
-        in_place_(std::is_same_v<T, A> && pass.channels_last),
-        pixel_stride_(in_place_ ? input_.channels : pass.from_group) {
-    int64_t parts = 0;
-    for (const Phase& phase : pass.geometry.phases) {
-      const int64_t rows = std::max<int64_t>(1, chunk_pixels / std::max<int64_t>(1, pass.columns(phase)));
-      parts = std::max(parts, ceil_div(pass.batch * pass.rows(phase), rows));
-      longest_run_ = std::max(longest_run_, run(phase));
-    }
-    // Phases take turns, for they read the same pixels and write between each other's.
-    for (int64_t k = 0; k < parts; ++k)
-      for (const Phase& phase : pass.geometry.phases) {
-        const int64_t rows = pass.columns(phase) > 0 ? pass.batch * pass.rows(phase) : 0;
-        const Chunk chunk{&phase, rows * k / parts, rows * (k + 1) / parts};
-        if (chunk.begin == chunk.end) continue;
-        chunks_.push_back(chunk);
-        most_pixels_ = std::max(most_pixels_, (chunk.end - chunk.begin) * pass.columns(phase));
-        int64_t rows_read = 0;
-        for_images(chunk, [&](int64_t, Range read) { rows_read += read.end - read.begin; });
-        most_rows_read_ = std::max(most_rows_read_, rows_read);
-      }
-  }
-
-  int64_t items() const { return int64_t(chunks_.size()) * pass_.groups * panels_.count(); }
-
-  void compute(int64_t begin, int64_t end) const {
-    Worker worker(*this);
-    for (int64_t item = begin; item < end; ++item) {
-      const Chunk& chunk = chunks_[item / (pass_.groups * panels_.count())];
-      const int64_t group = item / panels_.count() % pass_.groups, panel = item % panels_.count();
-      if (worker.chunk != &chunk || worker.group != group) read(worker, chunk, group);
-      switch (panels_.vectors(panel)) {
-        case 1:
-          compute_panel<1>(worker, panel);
-          break;
-        case 2:
-          compute_panel<2>(worker, panel);
-          break;
-#if defined(__AVX512F__)
-        case 3:
-          compute_panel<3>(worker, panel);
-          break;
-        case 4:
-          compute_panel<4>(worker, panel);
-          break;
-#endif
-      }
-    }
-  }
-
- private:
-  struct Worker {
-    explicit Worker(const Direct& of)
-        : zeros(of.longest_run_),
-          sums((of.most_pixels_ + accumulators) * of.panels_.width),
-          tile(of.in_place_ ? 0 : of.most_rows_read_ * of.input_.width * of.pass_.from_group) {
-      std::fill_n(zeros.data(), of.longest_run_, A(0));
-    }
-    Scratch<A> zeros, sums, tile;
-    const Chunk* chunk = nullptr;
-    int64_t group = 0, first_image = 0;
-    std::vector<const A*> images;  // of the chunk: pixel (0, 0), the group's first channel
-  };
-
-  template <int R>
-  struct Pixels {
-    const A* image[R];
-    int64_t row[R], column[R];  // that tap (0, 0) reads
-    int64_t output[R];          // index of the pixel's first channel in a channels_last output
-    bool inner;                 // every tap of a row lies inside the image, for all pixels
-  };
-
-  bool has_runs(const Phase& phase) const {
-    return phase.dilation_width == 1 && pixel_stride_ == pass_.from_group;
-  }
-  int64_t run(const Phase& phase) const { return pass_.from_group * (has_runs(phase) ? phase.taps_wide : 1); }
-
-  // visit(image, rows of it that the chunk reads) for each image of a chunk.
-  template <typename Visit>
-  void for_images(const Chunk& chunk, const Visit& visit) const {
-    const Phase& phase = *chunk.phase;
-    const Geometry& g = pass_.geometry;
-    const int64_t rows = pass_.rows(phase);
-    for (int64_t row = chunk.begin; row < chunk.end;) {
-      const int64_t n = row / rows, e = row % rows, e_end = std::min(rows, e + chunk.end - row);
-      const int64_t low = std::clamp<int64_t>(e * g.stride_height - phase.top, 0, g.in_height);
-      const int64_t last =
-          (e_end - 1) * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top;
-      visit(n, Range{low, std::clamp<int64_t>(last + 1, low, g.in_height)});
-      row += e_end - e;
-    }
-  }
-
-  // Brings the pixels that a chunk reads into a tile, (rows, width, channels of the group), unless they lie
-  // so already.
-  void read(Worker& worker, const Chunk& chunk, int64_t group) const {
-    worker.chunk = &chunk, worker.group = group;
-    worker.images.clear();
-    A* tile = worker.tile.data();
-    for_images(chunk, [&](int64_t n, Range rows) {
-      if (worker.images.empty()) worker.first_image = n;
-      const Image<const T> image = input_.next(n);
-      if constexpr (std::is_same_v<T, A>) {
-        if (in_place_) return worker.images.push_back(image.data + group * pass_.from_group);
-      }
-      const int64_t first = rows.begin * image.width, pixels = (rows.end - rows.begin) * image.width;
-      load_pixels(image, group * pass_.from_group, pass_.from_group, first, pixels, tile);
-      worker.images.push_back(tile - first * pass_.from_group);
-      tile += pixels * pass_.from_group;
-    });
-  }
-
-  template <int V>
-  void compute_panel(const Worker& worker, int64_t panel) const {
-    constexpr int R = std::min(rows_of<V>, 12);
-    const Phase& phase = *worker.chunk->phase;
-    const int64_t line = V * L, from = pass_.from_group, tap_row = phase.taps_wide * from * line;
-    const int64_t first = worker.group * pass_.to_group + panel * panels_.width;
-    const A* weights = packed_ +
-                       (worker.group * panels_.padded() + panel * panels_.width) * from *
-                           int64_t(pass_.geometry.taps.size()) +
-                       phase.weight_offset * from * line;
-    A bias[V * L] = {};
-    const int64_t lanes = std::min<int64_t>(V * L, pass_.to_group - panel * panels_.width);
-    if (epilogue_.bias)
-      for (int64_t lane = 0; lane < lanes; ++lane) bias[lane] = load(epilogue_.bias[first + lane]);
-
-    const int64_t begin = worker.chunk->begin * pass_.columns(phase),
-                  end = worker.chunk->end * pass_.columns(phase);
-    const int64_t tap_rows =
-        std::max<int64_t>(1, l2_bytes / std::max<int64_t>(1, tap_row * int64_t(sizeof(A))));
-    for (int64_t i = 0; i == 0 || i < phase.taps_high; i += tap_rows) {
-      const int64_t i_end = std::min(phase.taps_high, i + tap_rows);
-      for (int64_t q = begin; q < end; q += R) {
-        Pixels<R> pixels;
-        locate(worker, q, std::min<int64_t>(R, end - q), pixels);
-        A* sums = worker.sums.data() + (q - begin) * line;
-        Vector<A> sum[R][V];
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) sum[r][v] = load_vector((i == 0 ? bias : sums + r * line) + v * L);
-        add_taps<R, V>(phase, pixels, worker.zeros.data(), weights + i * tap_row, i, i_end, sum);
-        if (i_end == phase.taps_high &&
-            store_in_place<R, V>(pixels, std::min<int64_t>(R, end - q), first, lanes, sum))
-          continue;
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) store_vector(sums + r * line + v * L, sum[r][v]);
-        if (i_end == phase.taps_high && pass_.channels_last)
-          for (int64_t r = 0; r < std::min<int64_t>(R, end - q); ++r)
-            store_run(sums + r * line, epilogue_, output_.data, pixels.output[r] + first, 1, lanes);
-      }
-    }
-    if (!pass_.channels_last) store_contiguous(worker, first, lanes, line);
-  }
-
-  // Where R pixels from number q read and write; those beyond `count` repeat the last.
-  template <int R>
-  void locate(const Worker& worker, int64_t q, int64_t count, Pixels<R>& pixels) const {
-    const Geometry& g = pass_.geometry;
-    const Phase& phase = *worker.chunk->phase;
-    const int64_t columns = pass_.columns(phase), rows = pass_.rows(phase);
-    int64_t f = q % columns, e = q / columns % rows, n = q / columns / rows;
-    pixels.inner = true;
-    for (int r = 0; r < R; ++r) {
-      pixels.image[r] = worker.images[n - worker.first_image];
-      pixels.row[r] = e * g.stride_height - phase.top;
-      pixels.column[r] = f * g.stride_width - phase.left;
-      pixels.output[r] = ((n * g.out_height + phase.first_row + e * phase.row_step) * g.out_width +
-                          phase.first_column + f * phase.column_step) *
-                         output_.channels;
-      pixels.inner &= pixels.column[r] >= 0 && pixels.column[r] + phase.taps_wide <= g.in_width;
-      if (r + 1 >= count) continue;
-      if (++f < columns) continue;
-      f = 0;
-      if (++e == rows) e = 0, ++n;
-    }
-  }
-
-  // Rows [i, i_end) of the taps.
-  template <int R, int V>
-  inline __attribute__((always_inline)) void add_taps(const Phase& phase, const Pixels<R>& pixels,
-                                                      const A* zeros, const A* weights, int64_t i,
-                                                      int64_t i_end, Vector<A> (&sum)[R][V]) const {
-    const Geometry& g = pass_.geometry;
-    const bool runs = has_runs(phase) && pixels.inner;
-    const int64_t length = runs ? run(phase) : pass_.from_group, steps = runs ? 1 : phase.taps_wide;
-    for (; i < i_end; ++i) {
-      for (int64_t j = 0; j < steps; ++j, weights += length * V * L) {
-        const A* lines[R];
-        bool any = false;
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-          const int64_t row = pixels.row[r] + i * phase.dilation_height;
-          const int64_t column = pixels.column[r] + j * phase.dilation_width;
-          const bool inside =
-              uint64_t(row) < uint64_t(g.in_height) && uint64_t(column) < uint64_t(g.in_width);
-          lines[r] = inside ? pixels.image[r] + (row * g.in_width + column) * pixel_stride_ : zeros;
-          any |= inside;
-        }
-        if (any) multiply_add(sum, lines, 1, weights, V * L, length);
-      }
-    }
-  }
-
-  // The plain case, straight from the registers; false, and nothing done, where there is more to do.
-  template <int R, int V>
-  inline __attribute__((always_inline)) bool store_in_place(const Pixels<R>& pixels, int64_t count,
-                                                            int64_t first, int64_t lanes,
-                                                            Vector<A> (&sum)[R][V]) const {
-    if constexpr (std::is_same_v<T, A>) {
-      const Activation activation = epilogue_.activation;
-      if (!pass_.channels_last || lanes < V * L || epilogue_.residual ||
-          (activation != Activation::none && activation != Activation::relu))
-        return false;
-      const Vector<A> least =
-          broadcast(activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity());
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        if (r >= count) return true;
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v)
-          store_vector(output_.data + pixels.output[r] + first + v * L,
-                       sum[r][v] < least ? least : sum[r][v]);
-      }
-      return true;
-    }
-    return false;
-  }
-
-  // The sums of a chunk, (pixels, line), into contiguous images: transposed L pixels at a time.
-  void store_contiguous(const Worker& worker, int64_t first, int64_t lanes, int64_t line) const {
-    const Phase& phase = *worker.chunk->phase;
-    const int64_t columns = pass_.columns(phase), rows = pass_.rows(phase);
-    const bool whole_rows = phase.row_step == 1 && phase.column_step == 1;  // rows follow each other
-    const A* sums = worker.sums.data();
-    for (int64_t row = worker.chunk->begin; row < worker.chunk->end;) {
-      const int64_t n = row / rows, e = row % rows;
-      const int64_t e_end = whole_rows ? std::min(rows, e + worker.chunk->end - row) : e + 1;
-      const int64_t count = (e_end - e) * columns;
-      const int64_t at = (phase.first_row + e * phase.row_step) * output_.width + phase.first_column;
-      for (int64_t c = 0; c < lanes; c += L) {
-        for (int64_t k = 0; k < count; k += L) {
-          A square[L][L];
-          transpose_square<A>([&](int pixel) { return sums + (k + pixel) * line + c; },
-                              [&](int lane) { return square[lane]; });
-          for (int64_t lane = 0; lane < std::min(L, lanes - c); ++lane)
-            store_run(square[lane], epilogue_, output_.data,
-                      (n * output_.channels + first + c + lane) * output_.height * output_.width + at +
-                          k * phase.column_step,
-                      phase.column_step, std::min(L, count - k));
-        }
-      }
-      sums += count * line;
-      row += e_end - e;
-    }
-  }
-
-  Image<const T> input_;
-  const A* packed_;
-  const Conv2dEpilogue<T>& epilogue_;
-  Image<T> output_;
-  const DirectPass& pass_;
-  Panels<A> panels_;
-  bool in_place_;
-  int64_t pixel_stride_;  // between two pixels of what is read
-  int64_t longest_run_ = 1, most_pixels_ = 0, most_rows_read_ = 0;
-  std::vector<Chunk> chunks_;
-};
-
 }  // namespace
+
+// Whether a pass multiplies pairs of values.
+template <typename T>
+bool in_pairs() {
+  return std::is_same_v<T, BFloat16> && multiplies_bfloat16();
+}
 
 template <typename T>
 void direct_pack(const T* weight, accumulate_t<T>* packed, const DirectPass& pass, ParallelFor threads) {
@@ -344,11 +51,13 @@ void direct_pack(const T* weight, accumulate_t<T>* packed, const DirectPass& pas
   std::vector<int64_t> place(taps, -1);  // of a tap, in the packed order
   for (size_t k = 0; k < order.size(); ++k) place[order[k]] = int64_t(k);
   parallel_for(threads, pass.groups * panels.count(), [&](int64_t begin, int64_t end) {
+    const Scratch<A> single(in_pairs<T>() ? panels.width * from * int64_t(order.size()) : 0);
     A nowhere[L];  // for taps that reach no output
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / panels.count(), panel = item % panels.count();
       const int64_t line = panels.vectors(panel) * L, first = panel * panels.width;
-      A* target = packed + (group * panels.padded() + first) * from * int64_t(order.size());
+      const int64_t offset = (group * panels.padded() + first) * int64_t(order.size());
+      A* target = in_pairs<T>() ? single.data() : packed + offset * from;
       for (int64_t v = 0; v < line; v += L) {
         const int64_t lanes = std::min(L, to - first - v);
         const auto at = [&](int64_t tap, int64_t k) {
@@ -362,6 +71,15 @@ void direct_pack(const T* weight, accumulate_t<T>* packed, const DirectPass& pas
             pack_lanes<T, A>(weight + ((group * from + k) * to + first + v) * taps, taps, lanes, taps,
                              [&](int64_t q) { return at(q, k); });
       }
+      if (!in_pairs<T>()) continue;
+      auto* pairs = reinterpret_cast<BFloat16Pair*>(packed) + offset * ceil_div(from, 2);
+      for (size_t tap = 0; tap < order.size(); ++tap)
+        for (int64_t k = 0; k < from; k += 2)
+          for (int64_t lane = 0; lane < line; ++lane, ++pairs) {
+            const A* value = target + (int64_t(tap) * from + k) * line + lane;
+            store(&pairs->low, float(value[0]));
+            store(&pairs->high, k + 1 < from ? float(value[line]) : 0.0f);
+          }
     }
   });
 }
@@ -369,7 +87,13 @@ void direct_pack(const T* weight, accumulate_t<T>* packed, const DirectPass& pas
 template <typename T>
 void direct_convolve(const T* input, const accumulate_t<T>* packed, const Conv2dEpilogue<T>& epilogue,
                      T* output, const DirectPass& pass, ParallelFor threads) {
-  const Direct<T> direct(input, packed, epilogue, output, pass);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (in_pairs<T>())
+      return avx512_bf16::direct_convolve_pairs(input, reinterpret_cast<const BFloat16Pair*>(packed),
+                                                epilogue, output, pass.shape, pass.transposed, threads);
+#endif
+  const Direct<T, accumulate_t<T>> direct(input, packed, epilogue, output, pass);
   parallel_for(threads, direct.items(), [&](int64_t begin, int64_t end) { direct.compute(begin, end); });
 }
 

@@ -7,6 +7,15 @@
 #include "../common/matrix_kernel.h"
 #include "conv2d.h"
 
+namespace fastconv::avx512_bf16 {
+
+// Direct for processors that multiply pairs of bfloat16 values; `packed`: as direct_pack wrote it.
+void direct_convolve_pairs(const BFloat16* input, const BFloat16Pair* packed,
+                           const Conv2dEpilogue<BFloat16>& epilogue, BFloat16* output,
+                           const Conv2dShape& shape, bool transposed, ParallelFor threads);
+
+}  // namespace fastconv::avx512_bf16
+
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
 // The filters of a group, cut into panels of as many vectors as the registers take; the last one is narrower.
@@ -25,6 +34,7 @@ struct Panels {
 // Images as a pass sees them: forward reads the input and writes the output, the transposed convolution the
 // other way round.
 struct DirectPass {
+  Conv2dShape shape;
   Geometry geometry;
   int64_t batch, groups, from_group, to_group;  // channels of a group: read, written
   int64_t taps;
@@ -37,19 +47,20 @@ struct DirectPass {
   int64_t pixels(const Phase& phase) const { return batch * rows(phase) * columns(phase); }
 
   // Packed weights: (groups, panels, taps in the order of the geometry, from_group, lanes of the panel).
+  // Where multiplies_bfloat16(), those of BFloat16 are pairs: (..., from_group / 2, lanes of the panel, 2).
   int64_t packed_size(int64_t padded) const { return groups * padded * taps * from_group; }
 };
 
 inline DirectPass direct_forward(const Conv2dShape& s) {
-  return {forward_geometry(s), s.batch,  s.groups, s.in_group(),
-          s.out_group(),       s.taps(), false,    s.channels_last};
+  return {s,     forward_geometry(s), s.batch, s.groups, s.in_group(), s.out_group(), s.taps(),
+          false, s.channels_last};
 }
 inline DirectPass direct_transposed(const Conv2dShape& s) {
   Conv2dShape all = s;  // so that packed weights have every phase, also those that a small image lacks
   all.in_height = std::max(s.in_height, s.stride_height);
   all.in_width = std::max(s.in_width, s.stride_width);
-  DirectPass pass{grad_input_geometry(all), s.batch, s.groups, s.out_group(), s.in_group(), s.taps(), true,
-                  s.channels_last};
+  DirectPass pass{s,    grad_input_geometry(all), s.batch, s.groups, s.out_group(), s.in_group(), s.taps(),
+                  true, s.channels_last};
   pass.geometry.out_height = s.in_height, pass.geometry.out_width = s.in_width;
   return pass;
 }
