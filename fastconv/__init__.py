@@ -3,6 +3,7 @@
 from . import _library, ceilings, emulator, models, nn
 from .backends import BackendError, available, use_backend
 from .cost import cost
+from .ops._packed_weights import clear_packed_weights, set_packed_weights_limit
 from .ops.channel_shuffle import channel_shuffle, channel_shuffle_reference
 from .ops.conv2d import conv2d, conv2d_reference
 from .ops.conv_transpose2d import conv_transpose2d, conv_transpose2d_reference
@@ -19,6 +20,7 @@ __all__ = [
     "ceilings",
     "channel_shuffle",
     "channel_shuffle_reference",
+    "clear_packed_weights",
     "conv2d",
     "conv2d_reference",
     "conv_transpose2d",
@@ -34,6 +36,7 @@ __all__ = [
     "optimize",
     "report",
     "restore",
+    "set_packed_weights_limit",
     "set_precision",
     "use_backend",
 ]
