@@ -28,6 +28,7 @@ from ._operator import (
     memory_format_of,
     new_output,
 )
+from ._packed_weights import packed_weight
 
 
 def conv2d_reference(
@@ -130,7 +131,8 @@ def conv2d(
         return output.contiguous(memory_format=memory_format_of(input))
     if algorithm is None and backend == "cpu":
         algorithm = default_algorithm(input, weight, *geometry)
-    return forward_operator(backend, input, weight, bias, residual, None, *geometry, activation, algorithm)
+    packed = packed_weight("conv2d", weight, groups, algorithm) if backend == "cpu" else None
+    return forward_operator(backend, input, weight, bias, residual, packed, *geometry, activation, algorithm)
 
 
 def _check(

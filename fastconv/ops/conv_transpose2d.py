@@ -29,6 +29,7 @@ from ._operator import (
     memory_format_of,
     new_output,
 )
+from ._packed_weights import packed_weight
 from .conv2d import backward_operator as conv2d_backward
 from .conv2d import forward_operator as conv2d_forward
 
@@ -132,7 +133,10 @@ def conv_transpose2d(
         return output.contiguous(memory_format=memory_format_of(input))
     if algorithm is None and backend == "cpu":
         algorithm = default_algorithm(input, weight, *geometry)
-    return forward_operator(backend, input, weight, bias, None, *geometry, algorithm)
+    packed = None
+    if backend == "cpu":
+        packed = packed_weight("conv_transpose2d", weight, stride, padding, dilation, groups, algorithm)
+    return forward_operator(backend, input, weight, bias, packed, *geometry, algorithm)
 
 
 def output_size(size, kernel, stride, padding, output_padding, dilation, axis: str = "height") -> int:
