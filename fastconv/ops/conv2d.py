@@ -128,7 +128,7 @@ def conv2d(
         output = conv2d_reference(
             padded, weight, bias, stride, 0, dilation, groups, activation=activation, residual=residual
         )
-        return output.contiguous(memory_format=memory_format_of(input))
+        return as_memory_format(output, memory_format_of(input))
     if algorithm is None and backend == "cpu":
         algorithm = default_algorithm(input, weight, *geometry)
     packed = packed_weight("conv2d", weight, groups, algorithm) if backend == "cpu" else None
@@ -175,7 +175,7 @@ def _aten(input, weight, bias, residual, stride, padding, dilation, groups, acti
         input = torch.nn.functional.pad(input, (0, right - left, 0, bottom - top))
     if algorithm == "unfold":
         output = _unfold(input, weight, bias, stride, (top, left), dilation, groups)
-        output = output.contiguous(memory_format=memory_format)
+        output = as_memory_format(output, memory_format)
     else:
         if memory_format == torch.contiguous_format:  # or the output would be laid out as the weight
             weight = weight.contiguous()

@@ -130,7 +130,7 @@ def conv_transpose2d(
         output = conv_transpose2d_reference(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
-        return output.contiguous(memory_format=memory_format_of(input))
+        return as_memory_format(output, memory_format_of(input))
     if algorithm is None and backend == "cpu":
         algorithm = default_algorithm(input, weight, *geometry)
     packed = None
