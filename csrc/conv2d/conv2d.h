@@ -79,5 +79,8 @@ struct Conv2dEpilogue {
                                            const Conv2dShape& shape, void* stream);
 
 FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU(direct))
+FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU(winograd_f2))
+FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU(winograd_f4))
+FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU(winograd_f6))
 
 }  // namespace fastconv

@@ -41,5 +41,8 @@ namespace fastconv {
                                                  const Conv2dShape& shape, void* stream);
 
 FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU(direct))
+FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU(winograd_f2))
+FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU(winograd_f4))
+FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU(winograd_f6))
 
 }  // namespace fastconv
