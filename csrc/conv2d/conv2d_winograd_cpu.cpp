@@ -16,7 +16,7 @@ namespace {
 // hide the reading of the weights.
 template <int M, typename A>
 int64_t block_tiles(int64_t channels) {
-  constexpr int64_t budget = 448 << 10, tile = (M + 2) * (M + 2) * int64_t(sizeof(A));
+  constexpr int64_t budget = 160 << 10, tile = (M + 2) * (M + 2) * int64_t(sizeof(A));
   return std::clamp<int64_t>(budget / (tile * channels), 16, 48);
 }
 
@@ -83,73 +83,81 @@ class WinogradConvolution {
     for (int64_t p = 0; p < positions; ++p)
       multiply_rows<V>(from.at(p, 0), from.tile_stride(), 1, from.tiles, weights + p * channels * line, line,
                        channels, sums.at(p, 0), sums.tile_stride(), false);
-    for (int64_t v = 0; v < line; v += L)
-      store_block(block, group * pass_.to_group + first + v, std::min(L, pass_.to_group - first - v), sums, v,
-                  strip);
+    store_block(block, group * pass_.to_group + first, std::min(line, pass_.to_group - first), sums, strip);
   }
 
-  // Filters [channel, channel + lanes) of a block, from column `from` of the sums.
-  void store_block(const Region& block, int64_t channel, int64_t lanes, const Transformed<A>& sums,
-                   int64_t from, A* strip) const {
-    A bias[L] = {};
+  // Outputs of a block, `filters` of them from channel `channel`.
+  void store_block(const Region& block, int64_t channel, int64_t filters, const Transformed<A>& sums,
+                   A* strip) const {
+    A bias[most_vectors * L] = {};
     if (epilogue_.bias)
-      for (int64_t lane = 0; lane < lanes; ++lane) bias[lane] = load(epilogue_.bias[channel + lane]);
+      for (int64_t k = 0; k < filters; ++k) bias[k] = load(epilogue_.bias[channel + k]);
     int64_t tile = 0;
     for (int64_t row = block.row_begin; row < block.row_end;) {
       const Region tiles = grid_.in_one_image(block, row);
-      const int64_t number = row / grid_.high;
-      const Image<T> image = output_.next(number);
-      const Image<const T> residual = Image<const T>{epilogue_.residual, output_.channels, output_.height,
-                                                     output_.width, output_.channels_last};
+      const Image<T> image = output_.next(row / grid_.high);
+      const int64_t offset = image.data - output_.data;
+      const T* residual = epilogue_.residual ? epilogue_.residual + offset : nullptr;
       if (image.channels_last) {
-        const T* added = epilogue_.residual ? residual.next(number).data + channel : nullptr;
-        store_tiles(image.block(channel), added, lanes, tiles, bias, sums, tile, from);
+        store_tiles(image.block(channel), residual ? residual + channel : nullptr, filters, tiles, bias, sums,
+                    tile);
       } else {
         const Region region = pixels_under(image, tiles, grid_.high, M, M, 0, 0);
-        if (epilogue_.residual) load_region(residual.next(number), channel, lanes, region, strip);
         const int64_t row_stride = region.columns() * L;
         const Block<A> pixels{strip - region.row_begin * row_stride - region.column_begin * L, row_stride, L};
-        const A* added = epilogue_.residual ? pixels.data : nullptr;
-        store_tiles(pixels, added, L, tiles, bias, sums, tile, from);
-        store_region(image, channel, lanes, region, strip);
+        for (int64_t k = 0; k < filters; k += L) {
+          const int64_t lanes = std::min(L, filters - k);
+          if (residual)
+            load_region(Image<const T>{residual, image.channels, image.height, image.width, false},
+                        channel + k, lanes, region, strip);
+          store_tiles(pixels, residual ? pixels.data : nullptr, L, tiles, bias + k, sums.from_channel(k),
+                      tile);
+          store_region(image, channel + k, lanes, region, strip);
+        }
       }
       tile += tiles.area();
       row = tiles.row_end;
     }
   }
 
-  template <typename P>  // pixels of T or A; added: the residual, laid out as they are
-  void store_tiles(const Block<P>& pixels, const P* added, int64_t lanes, const Region& tiles, const A* bias,
-                   const Transformed<A>& sums, int64_t tile, int64_t from) const {
-    const Vector<A> start = load_vector(bias);
+  // Blocks of pixels of T or A; added: the residual, laid out as they are, or null.
+  template <typename P>
+  void store_tiles(const Block<P>& pixels, const P* added, int64_t filters, const Region& tiles,
+                   const A* bias, const Transformed<A>& sums, int64_t tile) const {
     const Activation activation = epilogue_.activation;
-    const bool simple =
-        lanes == L && !added && (activation == Activation::none || activation == Activation::relu);
+    const bool simple = !added && (activation == Activation::none || activation == Activation::relu);
     const Vector<A> least =
         broadcast(activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity());
     for (int64_t r = tiles.row_begin; r < tiles.row_end; ++r) {
       for (int64_t c = tiles.column_begin; c < tiles.column_end; ++c, ++tile) {
         const int64_t row = r % grid_.high * M, column = c * M;
         const int64_t first = row * pixels.row_stride + column * pixels.pixel_stride;
-        const A* source = sums.at(0, tile) + from;
-        const auto sum_at = [&](int p) { return load_vector(source + p * sums.position_stride()); };
-        if (simple && row + M <= pass_.out_height && column + M <= pass_.out_width) {
-          contract_square<OutputMatrix<M>, A>(sum_at, [&](int i, int k, Vector<A> value) {
-            value += start;
-            store_vector(pixels.data + first + i * pixels.row_stride + k * pixels.pixel_stride,
-                         value < least ? least : value);
-          });
-          continue;
-        }
-        alignas(64) A square[M * M * L];
-        contract_square<OutputMatrix<M>, A>(sum_at, [&](int i, int k, Vector<A> value) {
-          store_vector(square + (i * M + k) * L, value + start);
-        });
-        for (int64_t i = 0; i < std::min<int64_t>(M, pass_.out_height - row); ++i)
-          for (int64_t k = 0; k < std::min<int64_t>(M, pass_.out_width - column); ++k) {
-            const int64_t at = first + i * pixels.row_stride + k * pixels.pixel_stride;
-            store_pixel(square + (i * M + k) * L, pixels.data + at, added ? added + at : nullptr, lanes);
+        const bool inside = row + M <= pass_.out_height && column + M <= pass_.out_width;
+        for (int64_t v = 0; v < filters; v += L) {
+          const A* source = sums.at(0, tile) + v;
+          const Vector<A> start = load_vector(bias + v);
+          const auto sum_at = [&](int p) { return load_vector(source + p * sums.position_stride()); };
+          if (simple && inside && v + L <= filters) {
+            P* target = pixels.data + first + v;
+            contract_square<OutputMatrix<M>, A>(sum_at, [&](int i, int k, Vector<A> value) {
+              value += start;
+              P* pixel = target + i * pixels.row_stride + k * pixels.pixel_stride;
+              prefetch_for_write(pixel + M * pixels.pixel_stride);  // of the next tile
+              store_vector(pixel, value < least ? least : value);
+            });
+            continue;
           }
+          alignas(64) A square[M * M * L];
+          contract_square<OutputMatrix<M>, A>(sum_at, [&](int i, int k, Vector<A> value) {
+            store_vector(square + (i * M + k) * L, value + start);
+          });
+          for (int64_t i = 0; i < std::min<int64_t>(M, pass_.out_height - row); ++i)
+            for (int64_t k = 0; k < std::min<int64_t>(M, pass_.out_width - column); ++k) {
+              const int64_t at = first + i * pixels.row_stride + k * pixels.pixel_stride + v;
+              store_pixel(square + (i * M + k) * L, pixels.data + at, added ? added + at : nullptr,
+                          std::min(L, filters - v));
+            }
+        }
       }
     }
   }

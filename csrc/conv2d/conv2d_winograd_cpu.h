@@ -258,8 +258,7 @@ void store_region(const Image<T>& image, int64_t channel, int64_t lanes, const R
   }
 }
 
-// Tiles in the transformed space: (positions, tiles, channels). Strides keep the positions of a tile out of
-// one set of the cache.
+// Tiles in the transformed space: (positions, tiles, channels).
 template <typename A>
 struct Transformed {
   A* data;
@@ -267,11 +266,13 @@ struct Transformed {
 
   static constexpr int64_t L = lanes_of<A>;
   int64_t tile_stride() const { return ceil_div(channels, L) * L; }
+  // With a vector between positions, so that those of a tile do not all fall into one set of the cache.
   int64_t position_stride() const { return tiles * tile_stride() + L; }
   int64_t size(int64_t positions) const { return positions * position_stride(); }
   A* at(int64_t position, int64_t tile) const {
     return data + position * position_stride() + tile * tile_stride();
   }
+  Transformed from_channel(int64_t channel) const { return {data + channel, tiles, channels}; }
 };
 
 // Tiles of E::columns squared pixels of an image, `step` apart, the first at (-top, -left), expanded by E.
@@ -293,64 +294,78 @@ class TileExpander {
   // Channels [channel, channel + target.channels). Where they are no multiple of the lanes, the last vector
   // overlaps the one before.
   void expand_block(const Region& block, int64_t channel, const Transformed<A>& target, A* strip) const {
-    const int64_t channels = target.channels, lanes = std::min(L, channels);
-    for (int64_t c = 0; c < channels; c += L) {
-      const int64_t from = std::clamp<int64_t>(channels - L, 0, c);
-      int64_t tile = 0;
-      for (int64_t row = block.row_begin; row < block.row_end;) {
-        const Region tiles = grid_.in_one_image(block, row);
-        const Image<const T> image = image_.next(row / grid_.high);
-        if (image.channels_last) {
-          const Block<const T> pixels = image.block(channel + from);
-          expand_tiles(pixels, lanes, tiles, target, tile, from);
-        } else {
-          const Region region = pixels_under(image, tiles, grid_.high, step_, size, top_, left_);
-          load_region(image, channel + from, lanes, region, strip);
-          const int64_t row_stride = region.columns() * L;
-          const Block<const A> pixels{strip - region.row_begin * row_stride - region.column_begin * L,
-                                      row_stride, L};
-          expand_tiles(pixels, L, tiles, target, tile, from);
+    int64_t tile = 0;
+    for (int64_t row = block.row_begin; row < block.row_end;) {
+      const Region tiles = grid_.in_one_image(block, row);
+      const Image<const T> image = image_.next(row / grid_.high);
+      if (image.channels_last) {
+        expand_tiles(image.block(channel), target.channels, tiles, target, tile);
+      } else {
+        const Region region = pixels_under(image, tiles, grid_.high, step_, size, top_, left_);
+        const int64_t row_stride = region.columns() * L;
+        const Block<const A> pixels{strip - region.row_begin * row_stride - region.column_begin * L,
+                                    row_stride, L};
+        for (int64_t c = 0; c < target.channels; c += L) {
+          const int64_t from = std::clamp<int64_t>(target.channels - L, 0, c);
+          load_region(image, channel + from, std::min(L, target.channels), region, strip);
+          expand_tiles(pixels, L, tiles, target.from_channel(from), tile);
         }
-        tile += tiles.area();
-        row = tiles.row_end;
       }
+      tile += tiles.area();
+      row = tiles.row_end;
     }
   }
 
  private:
   template <typename P>  // pixels of T or A
-  void expand_tiles(const Block<const P>& pixels, int64_t lanes, const Region& tiles,
-                    const Transformed<A>& target, int64_t tile, int64_t from) const {
+  void expand_tiles(const Block<const P>& pixels, int64_t channels, const Region& tiles,
+                    const Transformed<A>& target, int64_t tile) const {
     for (int64_t r = tiles.row_begin; r < tiles.row_end; ++r) {
       for (int64_t c = tiles.column_begin; c < tiles.column_end; ++c, ++tile) {
         const int64_t row = r % grid_.high * step_ - top_, column = c * step_ - left_;
-        A* to = target.at(0, tile) + from;
         const P* first = pixels.data + row * pixels.row_stride + column * pixels.pixel_stride;
-        if (lanes == L && row >= 0 && column >= 0 && row + size <= image_.height &&
-            column + size <= image_.width) {
-          expand_tile(first, pixels.row_stride, pixels.pixel_stride, to, target.position_stride());
-          continue;
-        }
-        alignas(64) A square[size * size * L] = {};
-        for (int64_t i = std::max<int64_t>(-row, 0); i < std::min(size, image_.height - row); ++i)
-          for (int64_t k = std::max<int64_t>(-column, 0); k < std::min(size, image_.width - column); ++k) {
-            const P* pixel = first + i * pixels.row_stride + k * pixels.pixel_stride;
-            A* vector = square + (i * size + k) * L;
-            if (lanes == L)
-              store_vector(vector, load_vector(pixel));
-            else
-              for (int64_t lane = 0; lane < lanes; ++lane) vector[lane] = load(pixel[lane]);
+        const bool inside = channels >= L && row >= 0 && column >= 0 && row + size <= image_.height &&
+                            column + size <= image_.width;
+        for (int64_t k = 0; k < channels; k += L) {
+          const int64_t from = std::clamp<int64_t>(channels - L, 0, k);
+          A* to = target.at(0, tile) + from;
+          if (inside) {
+            expand_tile(first + from, pixels.row_stride, pixels.pixel_stride, to, target.position_stride());
+          } else {
+            alignas(64) A square[size * size * L];
+            copy_inside(first + from, pixels, std::min(L, channels), row, column, square);
+            expand_tile(square, size * L, L, to, target.position_stride());
           }
-        expand_tile(square, size * L, L, to, target.position_stride());
+        }
       }
     }
   }
 
+  // A tile that juts out of the image, zero outside.
   template <typename P>
-  static void expand_tile(const P* pixels, int64_t row_stride, int64_t pixel_stride, A* to,
-                          int64_t position_stride) {
+  void copy_inside(const P* first, const Block<const P>& pixels, int64_t lanes, int64_t row, int64_t column,
+                   A* square) const {
+    std::fill_n(square, size * size * L, A(0));
+    for (int64_t i = std::max<int64_t>(-row, 0); i < std::min(size, image_.height - row); ++i)
+      for (int64_t k = std::max<int64_t>(-column, 0); k < std::min(size, image_.width - column); ++k) {
+        const P* pixel = first + i * pixels.row_stride + k * pixels.pixel_stride;
+        A* vector = square + (i * size + k) * L;
+        if (lanes == L)
+          store_vector(vector, load_vector(pixel));
+        else
+          for (int64_t lane = 0; lane < lanes; ++lane) vector[lane] = load(pixel[lane]);
+      }
+  }
+
+  template <typename P>
+  void expand_tile(const P* pixels, int64_t row_stride, int64_t pixel_stride, A* to,
+                   int64_t position_stride) const {
     expand_square<E, A>(
-        [&](int i, int k) { return load_vector(pixels + i * row_stride + k * pixel_stride); },
+        [&](int i, int k) {
+          const P* pixel = pixels + i * row_stride + k * pixel_stride;
+          if (k >= size - step_) __builtin_prefetch(pixel + step_ * pixel_stride);  // of the next tile
+          return load_vector(pixel);
+        },
         [&](int position, Vector<A> value) { store_vector(to + position * position_stride, value); });
   }
 
