@@ -12,12 +12,12 @@
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
 
-// Tiles whose transformed channels fill about half of the L2 cache; at least so many that the multiplications
-// hide the reading of the weights.
+// Tiles of a block: few, so that they, their sums and the weights of few channels share the L2 cache, but
+// enough to hide the reading of the weights, from beyond the caches where there are many.
 template <int M, typename A>
 int64_t block_tiles(int64_t channels) {
   constexpr int64_t budget = 160 << 10, tile = (M + 2) * (M + 2) * int64_t(sizeof(A));
-  return std::clamp<int64_t>(budget / (tile * channels), 16, 48);
+  return std::clamp<int64_t>(std::max(budget / (tile * channels), channels / 16), 16, 48);
 }
 
 template <int M, typename T>
@@ -200,36 +200,52 @@ void load_taps(const T* weight, int64_t lane_step, int64_t lanes, const T* end, 
 
 }  // namespace
 
+// Few channels at a time go through a buffer: so a position is written in long runs, where single vectors
+// would lie far apart, in one set of the cache.
 template <int M, typename T>
 void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass& pass, ParallelFor threads) {
   using A = accumulate_t<T>;
-  constexpr int64_t L = lanes_of<A>, positions = (M + 2) * (M + 2), together = 16;
+  constexpr int64_t L = lanes_of<A>, positions = (M + 2) * (M + 2), together = 8;
+  constexpr int64_t cached_bytes = 16 << 20;  // more than that is out of the caches when it is read again
   const Panels<A> panels{pass.to_group};
   const int64_t from = pass.from_group, to = pass.to_group, chunks = ceil_div(from, together);
   const T* end = weight + pass.groups * from * to * 9;
+  const bool stream = winograd_packed_size<M, T>(pass) * int64_t(sizeof(A)) > cached_bytes &&
+                      reinterpret_cast<uintptr_t>(packed) % vector_bytes == 0;
   parallel_for(threads, pass.groups * panels.count() * chunks, [&](int64_t begin, int64_t last) {
     alignas(64) A taps[(9 + L - 1) / L * L * L];
+    const Scratch<A> buffer(Transformed<A>{nullptr, together, panels.width}.size(positions));
     for (int64_t item = begin; item < last; ++item) {
-      const int64_t chunk = item % chunks, panel = item / chunks % panels.count();
-      const int64_t group = item / chunks / panels.count(), first = panel * panels.width;
-      const int64_t line = panels.vectors(panel) * L;
-      A* target = packed + (group * panels.padded() + first) * from * positions;
-      for (int64_t c = chunk * together; c < std::min(from, (chunk + 1) * together); ++c) {
-        for (int64_t v = 0; v < line; v += L) {
+      const int64_t panel = item / chunks % panels.count(), group = item / chunks / panels.count();
+      const int64_t first = panel * panels.width, line = panels.vectors(panel) * L;
+      const int64_t c = item % chunks * together, count = std::min(together, from - c);
+      const Transformed<A> filters{buffer.data(), count, line};
+      for (int64_t v = 0; v < line; v += L) {
+        for (int64_t k = 0; k < count; ++k) {
           const int64_t filter =
-              first + v;  // weight: (groups, to, from, 9), transposed (groups, from, to, 9)
+              first + v;  // weight: (groups, to, from, 9); transposed (groups, from, to, 9)
           const int64_t at =
-              pass.transposed ? (group * from + c) * to + filter : (group * to + filter) * from + c;
+              pass.transposed ? (group * from + c + k) * to + filter : (group * to + filter) * from + c + k;
           load_taps(weight + at * 9, pass.transposed ? 9 : from * 9, std::min(L, to - filter), end, taps);
           expand_square<FilterMatrix<M>, A>(
-              [&](int i, int k) {
-                const int tap = i * 3 + k;
+              [&](int i, int j) {
+                const int tap = i * 3 + j;
                 return load_vector(taps + (pass.transposed ? 8 - tap : tap) * L);
               },
-              [&](int p, Vector<A> value) { store_vector(target + (p * from + c) * line + v, value); });
+              [&](int p, Vector<A> value) { store_vector(filters.at(p, k) + v, value); });
         }
       }
+      A* target = packed + ((group * panels.padded() + first) * positions) * from + c * line;
+      for (int64_t p = 0; p < positions; ++p)
+        for (int64_t q = 0; q < count * line; q += L) {
+          const Vector<A> value = load_vector(filters.at(p, 0) + q);
+          if (stream)
+            stream_vector(target + p * from * line + q, value);
+          else
+            store_vector(target + p * from * line + q, value);
+        }
     }
+    stream_fence();
   });
 }
 
