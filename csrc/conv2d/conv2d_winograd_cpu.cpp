@@ -200,12 +200,10 @@ void load_taps(const T* weight, int64_t lane_step, int64_t lanes, const T* end, 
 
 }  // namespace
 
-// Few channels at a time go through a buffer: so a position is written in long runs, where single vectors
-// would lie far apart, in one set of the cache.
 template <int M, typename T>
 void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass& pass, ParallelFor threads) {
   using A = accumulate_t<T>;
-  constexpr int64_t L = lanes_of<A>, positions = (M + 2) * (M + 2), together = 8;
+  constexpr int64_t L = lanes_of<A>, positions = (M + 2) * (M + 2), together = 16;
   constexpr int64_t cached_bytes = 16 << 20;  // more than that is out of the caches when it is read again
   const Panels<A> panels{pass.to_group};
   const int64_t from = pass.from_group, to = pass.to_group, chunks = ceil_div(from, together);
@@ -214,14 +212,13 @@ void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass&
                       reinterpret_cast<uintptr_t>(packed) % vector_bytes == 0;
   parallel_for(threads, pass.groups * panels.count() * chunks, [&](int64_t begin, int64_t last) {
     alignas(64) A taps[(9 + L - 1) / L * L * L];
-    const Scratch<A> buffer(Transformed<A>{nullptr, together, panels.width}.size(positions));
     for (int64_t item = begin; item < last; ++item) {
       const int64_t panel = item / chunks % panels.count(), group = item / chunks / panels.count();
       const int64_t first = panel * panels.width, line = panels.vectors(panel) * L;
       const int64_t c = item % chunks * together, count = std::min(together, from - c);
-      const Transformed<A> filters{buffer.data(), count, line};
-      for (int64_t v = 0; v < line; v += L) {
-        for (int64_t k = 0; k < count; ++k) {
+      A* target = packed + (group * panels.padded() + first) * positions * from + c * line;
+      for (int64_t k = 0; k < count; ++k) {
+        for (int64_t v = 0; v < line; v += L) {
           const int64_t filter =
               first + v;  // weight: (groups, to, from, 9); transposed (groups, from, to, 9)
           const int64_t at =
@@ -232,18 +229,15 @@ void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass&
                 const int tap = i * 3 + j;
                 return load_vector(taps + (pass.transposed ? 8 - tap : tap) * L);
               },
-              [&](int p, Vector<A> value) { store_vector(filters.at(p, k) + v, value); });
+              [&](int p, Vector<A> value) {
+                A* vector = target + (p * from + k) * line + v;
+                if (stream)
+                  stream_vector(vector, value);
+                else
+                  store_vector(vector, value);
+              });
         }
       }
-      A* target = packed + ((group * panels.padded() + first) * positions) * from + c * line;
-      for (int64_t p = 0; p < positions; ++p)
-        for (int64_t q = 0; q < count * line; q += L) {
-          const Vector<A> value = load_vector(filters.at(p, 0) + q);
-          if (stream)
-            stream_vector(target + p * from * line + q, value);
-          else
-            store_vector(target + p * from * line + q, value);
-        }
     }
     stream_fence();
   });
