@@ -54,22 +54,9 @@ class WinogradConvolution {
       if (block_and_group != transformed)
         reader_.expand_block(block, group * pass_.from_group, from, strip.data());
       transformed = block_and_group;
-      switch (panels_.vectors(panel)) {
-        case 1:
-          compute_panel<1>(block, group, panel, from, sums.data(), strip.data());
-          break;
-        case 2:
-          compute_panel<2>(block, group, panel, from, sums.data(), strip.data());
-          break;
-#if defined(__AVX512F__)
-        case 3:
-          compute_panel<3>(block, group, panel, from, sums.data(), strip.data());
-          break;
-        case 4:
-          compute_panel<4>(block, group, panel, from, sums.data(), strip.data());
-          break;
-#endif
-      }
+      with_constant<1, most_vectors>(panels_.vectors(panel), [&](auto vectors) {
+        compute_panel<vectors>(block, group, panel, from, sums.data(), strip.data());
+      });
     }
   }
 

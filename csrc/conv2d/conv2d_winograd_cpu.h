@@ -7,7 +7,7 @@
 //   N = product of (p - q) over the other points q, Input the coefficients of product of (x - q); the last
 //   row is the point at infinity. Points come in pairs p, -p whose rows share their even and odd parts.
 // F2: 0, 1, -1. F4: 0, +-5/8, +-3/2: half the rounding error of the usual 0, +-1, +-2, and every coefficient
-//   of Input and Output is exact. F6: 0, +-1/2, +-1, +-2, the best found. Measured: docs/winograd_notes.md.
+//   of Input and Output is exact. F6: 0, +-1/2, +-1, +-2, the best found. Measured: docs/conv2d.md.
 #pragma once
 
 #include <array>
@@ -171,14 +171,17 @@ struct Region {
 };
 
 // The tiles of all images, cut into blocks: several whole rows of tiles (counted through the images), or,
-// where a row alone has too many, parts of a row.
+// where a row alone has too many, parts of a row. Without tiles there is one block, of none.
 struct TileGrid {
   int64_t images, high, wide;  // tiles of an image
   int64_t most;                // tiles of a block, about
 
   int64_t rows() const { return images * high; }
-  int64_t parts() const { return ceil_div(wide, most); }
-  int64_t stripes() const { return ceil_div(rows(), std::max<int64_t>(1, most / wide)); }
+  int64_t parts() const { return std::max<int64_t>(1, ceil_div(wide, most)); }
+  int64_t stripes() const {
+    const int64_t together = std::max<int64_t>(1, most / std::max<int64_t>(1, wide));
+    return std::max<int64_t>(1, ceil_div(rows(), together));
+  }
   int64_t blocks() const { return stripes() * parts(); }
   int64_t most_rows() const { return ceil_div(rows(), stripes()); }
   int64_t most_columns() const { return ceil_div(wide, parts()); }
@@ -374,8 +377,17 @@ class TileExpander {
   int64_t step_, top_, left_;
 };
 
+// body(std::integral_constant<int, value>), of a value in [First, Last].
+template <int First, int Last, typename Body>
+inline void with_constant(int64_t value, const Body& body) {
+  if constexpr (First < Last)
+    if (value != First) return with_constant<First + 1, Last>(value, body);
+  body(std::integral_constant<int, First>{});
+}
+
 // out[r] = (sum, or 0) + sum over k of rows[r * row_stride + k * row_step] * panel[k * panel_step ...], V
-// vectors wide, for `count` rows, 6 or fewer at a time.
+// vectors wide, for `count` rows, 6 or fewer at a time. Adding a whole block's sum to a long sum rounds less
+// than adding its terms one by one.
 template <int V, typename A>
 void multiply_rows(const A* rows, int64_t row_stride, int64_t row_step, int64_t count, const A* panel,
                    int64_t panel_step, int64_t length, A* out, int64_t out_stride, bool add) {
@@ -387,37 +399,22 @@ void multiply_rows(const A* rows, int64_t row_stride, int64_t row_step, int64_t 
     for (int r = 0; r < R; ++r) {
       lines[r] = rows + (first + r) * row_stride;
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v)
-        sum[r][v] = add ? load_vector(out + (first + r) * out_stride + v * L) : Vector<A>{};
+      for (int v = 0; v < V; ++v) sum[r][v] = Vector<A>{};
     }
     multiply_add(sum, lines, row_step, panel, panel_step, length);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store_vector(out + (first + r) * out_stride + v * L, sum[r][v]);
+      for (int v = 0; v < V; ++v) {
+        A* target = out + (first + r) * out_stride + v * L;
+        store_vector(target, add ? load_vector(target) + sum[r][v] : sum[r][v]);
+      }
   };
   const int64_t parts = ceil_div(count, most);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = count * part / parts;
-    switch (count * (part + 1) / parts - first) {
-      case 1:
-        block(std::integral_constant<int, 1>{}, first);
-        break;
-      case 2:
-        block(std::integral_constant<int, 2>{}, first);
-        break;
-      case 3:
-        block(std::integral_constant<int, 3>{}, first);
-        break;
-      case 4:
-        block(std::integral_constant<int, 4>{}, first);
-        break;
-      case 5:
-        block(std::integral_constant<int, 5>{}, first);
-        break;
-      default:
-        block(std::integral_constant<int, 6>{}, first);
-    }
+    with_constant<1, most>(count * (part + 1) / parts - first,
+                           [&](auto rows_here) { block(rows_here, first); });
   }
 }
 

@@ -28,7 +28,7 @@ class WinogradGradWeight {
                       s.padding_top, s.padding_left) {
     const int64_t tiles = grid_.rows() * grid_.wide;
     const int64_t wanted = std::max(tiles / 128, std::min(8 / chunks(), tiles / 32));
-    slices_ = std::clamp<int64_t>(std::min(wanted, 64 / chunks()), 1, std::max<int64_t>(1, grid_.blocks()));
+    slices_ = std::clamp<int64_t>(std::min(wanted, 64 / chunks()), 1, grid_.blocks());
   }
 
   int64_t slices() const { return slices_; }
@@ -52,7 +52,6 @@ class WinogradGradWeight {
       const Transformed<A> sum{sums.data(), c.in_channels, c.out_channels};
       A bias_sum[chunk] = {};
       const int64_t first = grid_.blocks() * slice / slices_, last = grid_.blocks() * (slice + 1) / slices_;
-      if (first == last) std::fill_n(sums.data(), sum.size(positions), A(0));
       for (int64_t number = first; number < last; ++number) {
         const Region block = grid_.block(number);
         const Transformed<A> input{inputs.data(), block.area(), c.in_channels};
@@ -71,7 +70,7 @@ class WinogradGradWeight {
   }
 
  private:
-  static constexpr int64_t block_tiles = 16;
+  static constexpr int64_t block_tiles = M == 2 ? 32 : 16;  // with the sums, they share the L2 cache
 
   struct Chunk {  // in_channel counts in the group, out_channel through all groups
     int64_t group, in_channel, in_channels, out_channel, out_channels;
@@ -91,29 +90,13 @@ class WinogradGradWeight {
   // sums[position][c][m] += sum over tiles of input[position][tile][c] * grad[position][tile][m]
   static void add_products(const Transformed<A>& input, const Transformed<A>& grad, int64_t p, bool add,
                            const Transformed<A>& sums) {
-    const auto multiply = [&]<int V>(std::integral_constant<int, V>, int64_t m) {
-      multiply_rows<V>(input.at(p, 0), 1, input.tile_stride(), input.channels, grad.at(p, 0) + m,
-                       grad.tile_stride(), grad.tiles, sums.at(p, 0) + m, sums.tile_stride(), add);
-    };
     const Panels<A> panels{grad.channels};
     for (int64_t panel = 0; panel < panels.count(); ++panel) {
       const int64_t m = panel * panels.width;
-      switch (panels.vectors(panel)) {
-        case 1:
-          multiply(std::integral_constant<int, 1>{}, m);
-          break;
-        case 2:
-          multiply(std::integral_constant<int, 2>{}, m);
-          break;
-#if defined(__AVX512F__)
-        case 3:
-          multiply(std::integral_constant<int, 3>{}, m);
-          break;
-        case 4:
-          multiply(std::integral_constant<int, 4>{}, m);
-          break;
-#endif
-      }
+      with_constant<1, most_vectors>(panels.vectors(panel), [&](auto vectors) {
+        multiply_rows<vectors>(input.at(p, 0), 1, input.tile_stride(), input.channels, grad.at(p, 0) + m,
+                               grad.tile_stride(), grad.tiles, sums.at(p, 0) + m, sums.tile_stride(), add);
+      });
     }
   }
 
