@@ -78,4 +78,6 @@ struct Conv2dEpilogue {
                                            T* grad_bias, accumulate_t<T>* workspace,                       \
                                            const Conv2dShape& shape, void* stream);
 
+FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU(grouped))
+
 }  // namespace fastconv

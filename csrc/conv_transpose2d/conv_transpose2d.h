@@ -40,4 +40,6 @@ namespace fastconv {
   bool conv_transpose2d_##variant##_forward_cuda(const T* input, const T* weight, const T* bias, T* output, \
                                                  const Conv2dShape& shape, void* stream);
 
+FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU(grouped))
+
 }  // namespace fastconv
