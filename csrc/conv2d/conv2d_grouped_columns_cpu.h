@@ -202,20 +202,25 @@ void compute_columns(const GroupedStrip<A>& strip, int64_t row, int64_t column, 
       compute_outputs<Permutes, 0, 0, 1, 1, true, A>(strip, row + q, k);
 }
 
+// J taps of stride 1.
+template <bool Permutes, int J, int P, typename A>
+GroupedKernel<A> grouped_kernel(bool rows_share_input) {
+  GroupedKernel<A> kernel{compute_columns<Permutes, J, 1, P, 1, A>, nullptr};
+  if constexpr (vector_bytes == 64)  // two rows of sums need 32 registers
+    if (rows_share_input) kernel.two_rows = compute_columns<Permutes, J, 1, P, 2, A>;
+  return kernel;
+}
+
 // Compile-time widths for float32 sums; float64 is for checking, and takes the general kernel.
 template <bool Permutes, int P, typename A>
 GroupedKernel<A> choose_grouped_kernel(const Geometry& g, const Phase& phase) {
   if constexpr (std::is_same_v<A, float>) {
     if (phase.dilation_width == 1 || phase.taps_wide == 1) {
-      // Two rows of sums need 32 registers.
-      const bool share = vector_bytes == 64 && g.stride_height == 1 && phase.dilation_height == 1;
+      const bool share = g.stride_height == 1 && phase.dilation_height == 1;
       const int64_t wide = phase.taps_wide, stride = g.stride_width;
-      if (wide == 3 && stride == 1)
-        return {compute_columns<Permutes, 3, 1, P, 1, A>, share ? compute_columns < Permutes, 3, 1, P,
-                vector_bytes == 64 ? 2 : 1, A >                 : nullptr};
-      if (wide == 2 && stride == 1)
-        return {compute_columns<Permutes, 2, 1, P, 1, A>, share ? compute_columns < Permutes, 2, 1, P,
-                vector_bytes == 64 ? 2 : 1, A >                 : nullptr};
+      if (wide == 1 && stride == 1) return grouped_kernel<Permutes, 1, P, A>(share);
+      if (wide == 2 && stride == 1) return grouped_kernel<Permutes, 2, P, A>(share);
+      if (wide == 3 && stride == 1) return grouped_kernel<Permutes, 3, P, A>(share);
       if (wide == 3 && stride == 2) return {compute_columns<Permutes, 3, 2, P, 1, A>, nullptr};
     }
   }

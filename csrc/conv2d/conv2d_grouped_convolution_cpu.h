@@ -60,8 +60,7 @@ class GroupedConvolution {
         batch_(batch) {
     const Geometry& g = geometry_;
     writes_in_place_ = std::is_same_v<T, A> && channels_last && channels.fills_vectors();
-    // Pixels 2 KiB apart and more lie in so few sets of the L1 cache that a row of them pushes itself out.
-    reads_in_place_ = writes_in_place_ && channels.permutes() && input_.channels * int64_t(sizeof(A)) <= 1024;
+    reads_in_place_ = writes_in_place_ && channels.reads_in_place();
     // An output that fills a large share of the L3 cache would not be there when it is read next, and reading
     // its lines before they are written would only cost time.
     const int64_t output_bytes = batch * output_.channels * g.out_height * g.out_width * int64_t(sizeof(A));

@@ -45,6 +45,12 @@ struct GroupedChannels {
   // Whether every lane is a channel of the output.
   bool fills_vectors() const { return permutes() ? groups * in_group % L == 0 : out_group % L == 0; }
 
+  // Whether channels_last pixels are best read where they lie: 2 KiB apart and more, they share so few sets
+  // of the L1 cache that a row of them pushes itself out.
+  bool reads_in_place() const {
+    return permutes() && fills_vectors() && groups * in_group * int64_t(sizeof(A)) <= 1024;
+  }
+
   // Which lane each lane reads, to see channel c of its group.
   LaneIndex<A> spread(int64_t c) const {
     LaneIndex<A> index;
