@@ -122,7 +122,7 @@ void compute_outputs(const GroupedStrip<A>& strip, int64_t row, int64_t column) 
   const int64_t begin = top < 0 ? ceil_div(-top, dilation) : 0;
   const int64_t end = phase.taps_high == 0 || top >= g.in_height
                           ? 0
-                          : std::min(phase.taps_high + R - 1, ceil_div(g.in_height - top, dilation));
+                          : std::min(phase.taps_high + (R - 1) * S, ceil_div(g.in_height - top, dilation));
   const int64_t row_step = dilation * strip.input.row_stride;
   const A* input = strip.input.data + top * strip.input.row_stride + first * strip.input.pixel_stride;
   input += begin * row_step;
@@ -140,12 +140,13 @@ void compute_outputs(const GroupedStrip<A>& strip, int64_t row, int64_t column) 
     } else if constexpr (R == 1) {
       add_row<Permutes, J, S, P, 1, Edge, A>(sum, strip, input, {taps}, first);
     } else {
-      if (i == 0)
+      // The second row meets an input row S taps later than the first.
+      if (i < S)
         add_row<Permutes, J, S, P, 1, Edge, A>(sum, strip, input, {taps}, first);
-      else if (i == phase.taps_high)
-        add_row<Permutes, J, S, P, 1, Edge, A>(sum + 1, strip, input, {taps - tap_row}, first);
+      else if (i >= phase.taps_high)
+        add_row<Permutes, J, S, P, 1, Edge, A>(sum + 1, strip, input, {taps - S * tap_row}, first);
       else
-        add_row<Permutes, J, S, P, 2, Edge, A>(sum, strip, input, {taps, taps - tap_row}, first);
+        add_row<Permutes, J, S, P, 2, Edge, A>(sum, strip, input, {taps, taps - S * tap_row}, first);
     }
   }
 
@@ -202,12 +203,13 @@ void compute_columns(const GroupedStrip<A>& strip, int64_t row, int64_t column, 
       compute_outputs<Permutes, 0, 0, 1, 1, true, A>(strip, row + q, k);
 }
 
-// J taps of stride 1.
-template <bool Permutes, int J, int P, typename A>
-GroupedKernel<A> grouped_kernel(bool rows_share_input) {
-  GroupedKernel<A> kernel{compute_columns<Permutes, J, 1, P, 1, A>, nullptr};
+// J taps, S pixels between two outputs.
+template <bool Permutes, int J, int S, int P, typename A>
+GroupedKernel<A> grouped_kernel(const Geometry& g, const Phase& phase) {
+  GroupedKernel<A> kernel{compute_columns<Permutes, J, S, P, 1, A>, nullptr};
   if constexpr (vector_bytes == 64)  // two rows of sums need 32 registers
-    if (rows_share_input) kernel.two_rows = compute_columns<Permutes, J, 1, P, 2, A>;
+    if (g.stride_height == S && phase.dilation_height == 1 && phase.taps_high >= S)
+      kernel.two_rows = compute_columns<Permutes, J, S, P, 2, A>;
   return kernel;
 }
 
@@ -216,12 +218,11 @@ template <bool Permutes, int P, typename A>
 GroupedKernel<A> choose_grouped_kernel(const Geometry& g, const Phase& phase) {
   if constexpr (std::is_same_v<A, float>) {
     if (phase.dilation_width == 1 || phase.taps_wide == 1) {
-      const bool share = g.stride_height == 1 && phase.dilation_height == 1;
       const int64_t wide = phase.taps_wide, stride = g.stride_width;
-      if (wide == 1 && stride == 1) return grouped_kernel<Permutes, 1, P, A>(share);
-      if (wide == 2 && stride == 1) return grouped_kernel<Permutes, 2, P, A>(share);
-      if (wide == 3 && stride == 1) return grouped_kernel<Permutes, 3, P, A>(share);
-      if (wide == 3 && stride == 2) return {compute_columns<Permutes, 3, 2, P, 1, A>, nullptr};
+      if (wide == 1 && stride == 1) return grouped_kernel<Permutes, 1, 1, P, A>(g, phase);
+      if (wide == 2 && stride == 1) return grouped_kernel<Permutes, 2, 1, P, A>(g, phase);
+      if (wide == 3 && stride == 1) return grouped_kernel<Permutes, 3, 1, P, A>(g, phase);
+      if (wide == 3 && stride == 2) return grouped_kernel<Permutes, 3, 2, P, A>(g, phase);
     }
   }
   return {compute_columns<Permutes, 0, 0, P, 1, A>, nullptr};

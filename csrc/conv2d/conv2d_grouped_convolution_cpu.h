@@ -222,9 +222,10 @@ class GroupedConvolution {
   // How often the kernels ask for memory in some rows of the phases: for each row of the input they meet.
   int64_t asks(int64_t rows, int64_t columns) const {
     int64_t count = 0;
-    for (size_t k = 0; k < kernels_.size(); ++k)
-      count +=
-          geometry_.phases[k].taps_high * (kernels_[k].two_rows ? 1 : 2) + (kernels_[k].two_rows ? 1 : 0);
+    for (size_t k = 0; k < kernels_.size(); ++k) {
+      const int64_t taps = geometry_.phases[k].taps_high;
+      count += kernels_[k].two_rows ? taps + geometry_.stride_height : 2 * taps;
+    }
     return count * ceil_div(rows, 2) * ceil_div(columns, pixels_);
   }
 
