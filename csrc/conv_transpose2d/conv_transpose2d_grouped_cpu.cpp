@@ -1,0 +1,62 @@
+// Transposed convolution, C++, narrow groups (made for at most 32 channels of a group read and written).
+//
+// Computes  out[c] = bias[c] + sum over m, i, j of in[g * M/G + m, ...] * w[m, c, i, j], as a convolution for
+//   each residue of an output's row and column modulo the stride: no product with a zero, no atomics.
+// One inner step: ../conv2d/conv2d_grouped_columns_cpu.h.
+#include "../conv2d/conv2d_grouped_convolution_cpu.h"
+#include "conv_transpose2d.h"
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+namespace {
+
+template <typename T>
+GroupedChannels<accumulate_t<T>> channels_of(const Conv2dShape& s) {
+  return {s.groups, s.out_group(), s.in_group()};
+}
+
+// All phases of the stride, also those that an image smaller than the stride has no pixel of: the packed
+// weights serve every image.
+Geometry all_phases(Conv2dShape s) {
+  const int64_t height = s.in_height, width = s.in_width;
+  s.in_height = std::max(height, s.stride_height);
+  s.in_width = std::max(width, s.stride_width);
+  Geometry g = grad_input_geometry(s);
+  g.out_height = height, g.out_width = width;
+  return g;
+}
+
+}  // namespace
+
+template <typename T>
+int64_t conv_transpose2d_grouped_packed_size(const Conv2dShape& s) {
+  const auto channels = channels_of<T>(s);
+  return channels.units() * channels.out_vectors() * s.out_group() * s.taps() * lanes_of<accumulate_t<T>>;
+}
+
+template <typename T>
+void conv_transpose2d_grouped_pack_weight_cpu(const T* weight, accumulate_t<T>* packed, const Conv2dShape& s,
+                                              ParallelFor threads) {
+  const int64_t in_group = s.in_group(), out_group = s.out_group();
+  const auto weight_at = [&](int64_t c, int64_t m) {
+    return weight + ((c / in_group * out_group + m) * in_group + c % in_group) * s.taps();
+  };
+  pack_grouped<T>(channels_of<T>(s), all_phases(s), weight_at, packed, threads);
+}
+
+template <typename T>
+void conv_transpose2d_grouped_forward_cpu(const T* input, const accumulate_t<T>* packed, const T* bias,
+                                          T* output, const Conv2dShape& s, ParallelFor threads) {
+  GroupedConvolution<T>(input, packed, {bias, nullptr, Activation::none}, output, channels_of<T>(s), s.batch,
+                        s.channels_last, all_phases(s))
+      .run(threads);
+}
+
+#define FASTCONV_INSTANTIATE(T)                                                                             \
+  template int64_t conv_transpose2d_grouped_packed_size<T>(const Conv2dShape&);                             \
+  template void conv_transpose2d_grouped_pack_weight_cpu<T>(const T*, accumulate_t<T>*, const Conv2dShape&, \
+                                                            ParallelFor);                                   \
+  template void conv_transpose2d_grouped_forward_cpu<T>(const T*, const accumulate_t<T>*, const T*, T*,     \
+                                                        const Conv2dShape&, ParallelFor);
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY
