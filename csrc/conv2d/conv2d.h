@@ -78,4 +78,8 @@ struct Conv2dEpilogue {
                                            T* grad_bias, accumulate_t<T>* workspace,                       \
                                            const Conv2dShape& shape, void* stream);
 
+FASTCONV_CONV2D_CUDA(direct)         // false: no patch of the input fits in shared memory
+FASTCONV_CONV2D_CUDA(im2col)         // serves every shape
+FASTCONV_CONV2D_CUDA(implicit_gemm)  // false: not float16 or bfloat16, groups not of multiples of 8 channels
+
 }  // namespace fastconv

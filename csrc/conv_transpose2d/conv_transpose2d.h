@@ -40,4 +40,8 @@ namespace fastconv {
   bool conv_transpose2d_##variant##_forward_cuda(const T* input, const T* weight, const T* bias, T* output, \
                                                  const Conv2dShape& shape, void* stream);
 
+FASTCONV_CONV_TRANSPOSE2D_CUDA(direct)
+FASTCONV_CONV_TRANSPOSE2D_CUDA(im2col)
+FASTCONV_CONV_TRANSPOSE2D_CUDA(implicit_gemm)
+
 }  // namespace fastconv
