@@ -117,6 +117,59 @@ __device__ __forceinline__ Strides strides_of(int64_t channels, int height, int 
   return {pixels * channels, pixels, width, 1};
 }
 
+// A result, where pixels are numbered through a phase and all images: where it lies, and where the taps that
+// it reads start. Offsets are of channel 0.
+struct Pixel {
+  int64_t source, result;  // result is negative where there is no such pixel
+  int row, column;         // of the source
+};
+constexpr int nowhere = -(1 << 30);  // a row, or a way to a row, that is in no image
+
+__device__ __forceinline__ Pixel pixel_of(int64_t index, int64_t end, const PhaseAxis& high,
+                                          const PhaseAxis& wide, const Strides& from, const Strides& to) {
+  if (index >= end) return {0, -1, nowhere, nowhere};
+  const int64_t row_number = index / wide.results, image = row_number / high.results;
+  const int r = int(row_number - image * high.results), c = int(index - row_number * wide.results);
+  Pixel p;
+  p.row = r * high.stride + high.offset;
+  p.column = c * wide.stride + wide.offset;
+  p.source = image * from.image + p.row * from.row + p.column * from.column;
+  p.result =
+      image * to.image + (high.first + r * high.every) * to.row + (wide.first + c * wide.every) * to.column;
+  return p;
+}
+
+__device__ __forceinline__ bool is_inside(int row, int column, const Conv2dPass& pass) {
+  return unsigned(row) < unsigned(pass.height.source) && unsigned(column) < unsigned(pass.width.source);
+}
+
+// What a block of a pass by pixel numbers works on.
+struct PixelTile {
+  int first_filter;                    // of the group
+  int64_t group, first_pixel, pixels;  // pixels: of the phase
+  PhaseAxis high, wide;
+};
+inline int64_t pixel_tile_blocks(const Conv2dPass& p, int filters, int pixels) {
+  const int64_t results =
+      p.batch * phase_results(p.height, p.transposed) * phase_results(p.width, p.transposed);
+  return ceil_div(p.result_group, filters) * p.groups * ceil_div(results, pixels) * p.height.phases *
+         p.width.phases;
+}
+__device__ __forceinline__ PixelTile pixel_tile(const Conv2dPass& p, int64_t index, int filters, int pixels) {
+  PixelTile t;
+  const int filter_tiles = (p.result_group + filters - 1) / filters;
+  t.first_filter = int(index % filter_tiles) * filters;
+  index /= filter_tiles;
+  t.group = index % p.groups;
+  index /= p.groups;
+  t.wide = phase_axis(p.width, p.transposed, int(index % p.width.phases));
+  index /= p.width.phases;
+  t.high = phase_axis(p.height, p.transposed, int(index % p.height.phases));
+  t.first_pixel = index / p.height.phases * pixels;
+  t.pixels = p.batch * t.high.results * t.wide.results;
+  return t;
+}
+
 // Some values that lie side by side, moved by up to 16 bytes at once.
 template <typename T, int Count>
 struct alignas(sizeof(T) * Count < 16 ? sizeof(T) * Count : 16) Pack {
