@@ -118,8 +118,8 @@ bool conv2d_im2col_pass_cuda(const T* source, const T* weight, const Conv2dEpilo
                     im2col_threads, std::max(sums, 2 * sizeof(T) * im2col_stage<Filters, FilterThreads>),
                     stream, source, weight, epilogue, result, pass, is_packed(epilogue, result, pass));
   };
-  if (pass.result_group > 16)
-    launch.template operator()<8, 8>();
+  if (pass.result_group > 16)  // float64: half the pixels, for its sums to stay in registers
+    launch.template operator()<sizeof(T) < 8 ? 8 : 4, sizeof(T) < 8 ? 8 : 16>();
   else
     launch.template operator()<4, 4>();
   return true;
