@@ -188,14 +188,14 @@ __device__ __forceinline__ void store_tile(const accumulate_t<T>* sums, int pitc
   using A = accumulate_t<T>;
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
   const bool has_bias = epilogue.bias != nullptr, has_residual = epilogue.residual != nullptr;
-  const auto finished = [&](int pixel, int filter, bool active, T residual) {
-    A sum = load_shared(sums + pixel * pitch + filter);
+  const auto finished = [&](A sum, int filter, bool active, T residual) {
     sum += load(load_global(epilogue.bias + (has_bias ? first_channel + filter : 0), has_bias && active));
     return rounded<T>(activate(sum + load(residual), epilogue.activation));
   };
   if (packed) {
-    constexpr int Count = 16 / int(sizeof(T));
+    constexpr int Count = 16 / int(sizeof(T)), Together = Count < 4 ? Count : 4;
     using Values = Pack<T, Count>;
+    using Sums = Pack<A, Together>;
 #pragma unroll 1
     for (int index = thread; index < Pixels * (Filters / Count); index += threads) {
       const int pixel = index / (Filters / Count), filter = index % (Filters / Count) * Count;
@@ -206,8 +206,13 @@ __device__ __forceinline__ void store_tile(const accumulate_t<T>* sums, int pitc
           load_global(reinterpret_cast<const Values*>(epilogue.residual + (has_residual ? offset : 0)),
                       has_residual && active);
 #pragma unroll
-      for (int i = 0; i < Count; ++i)
-        values.values[i] = finished(pixel, filter + i, active, values.values[i]);
+      for (int first = 0; first < Count; first += Together) {
+        const Sums some = load_shared(reinterpret_cast<const Sums*>(sums + pixel * pitch + filter + first));
+#pragma unroll
+        for (int i = 0; i < Together; ++i)
+          values.values[first + i] =
+              finished(some.values[i], filter + first + i, active, values.values[first + i]);
+      }
       store_global(reinterpret_cast<Values*>(result + offset), values, active);
     }
     return;
@@ -220,7 +225,8 @@ __device__ __forceinline__ void store_tile(const accumulate_t<T>* sums, int pitc
     const bool active = at >= 0 && filter < channels;
     const int64_t offset = active ? at + (first_channel + filter) * channel_step : 0;
     const T residual = load_global(epilogue.residual + (has_residual ? offset : 0), has_residual && active);
-    store_global(result + offset, finished(pixel, filter, active, residual), active);
+    store_global(result + offset,
+                 finished(load_shared(sums + pixel * pitch + filter), filter, active, residual), active);
   }
 }
 

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(gemm_threads, 1)
   const PhaseAxis& wide = tile.wide;
   const int taps = high.taps * wide.taps;
   const int stages = (pass.source_group + t.chunk - 1) / t.chunk * taps;
-  const int pitch = gemm_pitch(t.chunk), source_size = BlockPixels * pitch;
+  const int units = t.chunk / 8, source_size = BlockPixels * t.chunk;
   T* const slabs = shared + source_stages * source_size;  // two, after three panels of the source
 
   for (int p = thread; p < BlockPixels; p += gemm_threads)
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(gemm_threads, 1)
     const int chunk = stage / taps * t.chunk, tap = stage % taps;
     const int row = tap / wide.taps * high.dilation, column = tap % wide.taps * wide.dilation;
     const T* const origin = group_source + row * from.row + column * from.column + chunk * from.channel;
-    fill_units<BlockPixels>(shared + stage % source_stages * source_size, pitch, t.chunk / 8, t.wide_source,
-                            from.channel, [&](int p, int unit, bool& active) {
+    fill_units<BlockPixels>(shared + stage % source_stages * source_size, units, t.wide_source, from.channel,
+                            [&](int p, int unit, bool& active) {
                               active = chunk + unit * 8 < pass.source_group &&
                                        is_inside(pixels[p].row + row, pixels[p].column + column, pass);
                               return origin + pixels[p].source + unit * 8 * from.channel;
@@ -73,15 +73,15 @@ __global__ void __launch_bounds__(gemm_threads, 1)
   // Part `part` of `parts` of the weights of a chunk: rows of filters, whose values are channels and taps, or
   // in a transposed convolution rows of channels, whose values are filters and taps.
   const auto fill_slab = [&](int number, int part, int parts) {
-    const int chunk = number * t.chunk, units = (t.slab_pitch - 8) / 8;
+    const int chunk = number * t.chunk, row_units = (t.slab_pitch - 8) / 8;
     const int first_row = pass.transposed ? chunk : tile.first_filter;
     const int first_value = (pass.transposed ? tile.first_filter : chunk) * pass.kernel_taps;
     const int rows = pass.transposed ? pass.source_group : pass.result_group;
     const int row_values = (pass.transposed ? pass.result_group : pass.source_group) * pass.kernel_taps;
     T* const slab = slabs + number % 2 * t.slab_rows * t.slab_pitch;
-    const int end = int(int64_t(t.slab_rows) * units * (part + 1) / parts);
-    for (int i = int(int64_t(t.slab_rows) * units * part / parts) + thread; i < end; i += gemm_threads) {
-      const int row = i / units, value = i % units * 8;
+    const int end = int(int64_t(t.slab_rows) * row_units * (part + 1) / parts);
+    for (int i = int(int64_t(t.slab_rows) * row_units * part / parts) + thread; i < end; i += gemm_threads) {
+      const int row = i / row_units, value = i % row_units * 8;
       const bool active = first_row + row < rows && first_value + value < row_values;
       const T* const at = group_weight + int64_t(first_row + row) * row_values + first_value + value;
       if (t.wide_weight) {
@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(gemm_threads, 1)
       uint32_t a[Rows][4];
 #pragma unroll
       for (int r = 0; r < Rows; ++r)
-        load_matrices<false>(a[r], panel + (warp_row + r * 16 + lane % 16) * pitch + k + lane / 16 * 8);
+        load_matrices<false>(a[r],
+                             panel + unit_place(warp_row + r * 16 + lane % 16, k / 8 + lane / 16, units));
 #pragma unroll
       for (int c = 0; c < Columns; ++c) {
         const T* const b_from =
@@ -171,8 +172,7 @@ bool gemm_tiling(GemmTiling& t, const Conv2dPass& p, int block_filters) {
     if (t.chunk > 16 && t.chunk / 2 >= p.source_group) continue;
     const int64_t values = int64_t(p.transposed ? block_filters : t.chunk) * p.kernel_taps;
     t.slab_rows = p.transposed ? t.chunk : block_filters;
-    const int64_t bytes =
-        2 * (source_stages * BlockPixels * gemm_pitch(t.chunk) + 2 * t.slab_rows * (values + 8));
+    const int64_t bytes = 2 * (source_stages * BlockPixels * t.chunk + 2 * t.slab_rows * (values + 8));
     if (bytes > gemm_most_shared_bytes) continue;
     t.slab_pitch = int(values) + 8;
     t.shared_bytes = int(std::max(bytes, sums));

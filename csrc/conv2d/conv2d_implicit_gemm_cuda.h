@@ -8,22 +8,24 @@ namespace fastconv {
 constexpr int gemm_threads = 128, gemm_warps = gemm_threads / 32;
 constexpr int gemm_most_shared_bytes = 160 << 10;  // what a block can have from compute capability 8.0 on
 
-// A row of a panel has 16 bytes more than a power of two of them, or 48 of it, so that 8 rows' 16 bytes lie
-// in different banks: ldmatrix reads them at once.
-FASTCONV_HOST_DEVICE constexpr int gemm_pitch(int values) { return values + 8; }
+// Where 8 channels of a pixel lie in a panel of 16, 32 or 64 channels (2, 4 or 8 units), in values. Units
+// swap places from pixel to pixel, so that one unit of 8 pixels, which ldmatrix reads at once, and 8 units
+// that lie together are in different banks.
+__device__ __forceinline__ int unit_place(int pixel, int unit, int units) {
+  return (pixel * units + (unit ^ (pixel * units / 8 % units))) * 8;
+}
 
 // Starts to copy a panel: units of 8 channels, at(pixel, unit, active) tells where from. `wide`: a unit is 16
 // bytes together (channels_last). Else its values lie `step` apart: they go through registers in pairs, lanes
 // along 8 pixels by 4 pairs.
 template <int Pixels, typename T, typename At>
-__device__ __forceinline__ void fill_units(T* panel, int pitch, int units, bool wide, int64_t step,
-                                           const At& at) {
+__device__ __forceinline__ void fill_units(T* panel, int units, bool wide, int64_t step, const At& at) {
   bool active;
   if (wide) {
     for (int i = int(threadIdx.x); i < Pixels * units; i += gemm_threads) {
       const int unit = i % units, pixel = i / units;
       const T* const from = at(pixel, unit, active);
-      copy_to_shared(reinterpret_cast<uint4*>(panel + pixel * pitch + unit * 8),
+      copy_to_shared(reinterpret_cast<uint4*>(panel + unit_place(pixel, unit, units)),
                      reinterpret_cast<const uint4*>(from), active);
     }
     return;
@@ -35,7 +37,7 @@ __device__ __forceinline__ void fill_units(T* panel, int pitch, int units, bool 
     Pack<T, 2> values;
     values.values[0] = load_global(from, active);
     values.values[1] = load_global(from + step, active);
-    store_shared(reinterpret_cast<Pack<T, 2>*>(panel + pixel * pitch + unit * 8 + 2 * pair), values);
+    store_shared(reinterpret_cast<Pack<T, 2>*>(panel + unit_place(pixel, unit, units) + 2 * pair), values);
   }
 }
 

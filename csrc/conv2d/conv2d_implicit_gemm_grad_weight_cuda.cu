@@ -16,7 +16,7 @@ namespace fastconv {
 namespace {
 
 constexpr int StagePixels = 32, BlockFilters = 64, BlockColumns = 64, Units = 8;
-constexpr int panel_pitch = gemm_pitch(64), panel_size = StagePixels * panel_pitch;
+constexpr int panel_size = StagePixels * 64;
 
 struct Unit {  // of 8 columns: from a pixel's first tap to theirs
   int64_t source;
@@ -72,12 +72,12 @@ __global__ void __launch_bounds__(gemm_threads, 1)
   };
   const auto fill = [&](int64_t stage) {
     const Pixel* const at = pixels[stage % 2];
-    fill_units<StagePixels>(grads[stage % 2], panel_pitch, Units, wide_grads, out.channel,
+    fill_units<StagePixels>(grads[stage % 2], Units, wide_grads, out.channel,
                             [&](int p, int unit, bool& active) {
                               active = at[p].result >= 0 && first_filter + unit * 8 < pass.result_group;
                               return group_grads + at[p].result + unit * 8 * out.channel;
                             });
-    fill_units<StagePixels>(inputs[stage % 2], panel_pitch, Units, wide_input, in.channel,
+    fill_units<StagePixels>(inputs[stage % 2], Units, wide_input, in.channel,
                             [&](int p, int unit, bool& active) {
                               const Unit& u = units[unit];
                               active = is_inside(at[p].row + u.row, at[p].column + u.column, pass);
@@ -97,18 +97,19 @@ __global__ void __launch_bounds__(gemm_threads, 1)
     __syncthreads();  // this stage's panels are there, those before it are done with
     if (stage + 1 < stages) fill(stage + 1);
     find_pixels(stage + 2);
-    const T* const left = grads[stage % 2] + warp_filter;
-    const T* const right = inputs[stage % 2] + warp_column;
+    const T* const left = grads[stage % 2];
+    const T* const right = inputs[stage % 2];
 #pragma unroll
     for (int k = 0; k < StagePixels; k += 16) {
       uint32_t a[2][4], b[2][4];  // b: two fragments each
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        load_matrices<true>(a[r],
-                            left + (k + lane % 8 + lane / 16 * 8) * panel_pitch + r * 16 + lane / 8 % 2 * 8);
+        load_matrices<true>(a[r], left + unit_place(k + lane % 8 + lane / 16 * 8,
+                                                    warp_filter / 8 + r * 2 + lane / 8 % 2, Units));
 #pragma unroll
       for (int c = 0; c < 2; ++c)
-        load_matrices<true>(b[c], right + (k + lane % 16) * panel_pitch + c * 16 + lane / 16 * 8);
+        load_matrices<true>(b[c],
+                            right + unit_place(k + lane % 16, warp_column / 8 + c * 2 + lane / 16, Units));
 #pragma unroll
       for (int r = 0; r < 2; ++r)
 #pragma unroll
