@@ -79,8 +79,12 @@ struct Conv2dEpilogue {
                                            const Conv2dShape& shape, void* stream);
 
 // The variants that the binding knows, as macro(variant), the first choice first.
-#define FASTCONV_CONV2D_CPU_VARIANTS(macro) macro(direct) macro(im2col) macro(plain)
-#define FASTCONV_CONV2D_CUDA_VARIANTS(macro)
+#define FASTCONV_CONV2D_CPU_VARIANTS(macro)                                                           \
+  macro(direct) macro(im2col) macro(winograd_f2) macro(winograd_f4) macro(winograd_f6) macro(grouped) \
+      macro(plain)
+// implicit_gemm takes float16 and bfloat16 with groups of multiples of 8 channels; direct needs a patch of
+// the input to fit in shared memory; im2col serves every shape.
+#define FASTCONV_CONV2D_CUDA_VARIANTS(macro) macro(implicit_gemm) macro(direct) macro(im2col)
 
 FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU_VARIANTS(FASTCONV_CONV2D_CPU))
 FASTCONV_CONV2D_CUDA_VARIANTS(FASTCONV_CONV2D_CUDA)

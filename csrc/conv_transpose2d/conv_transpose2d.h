@@ -41,8 +41,10 @@ namespace fastconv {
                                                  const Conv2dShape& shape, void* stream);
 
 // The variants that the binding knows, as macro(variant), the first choice first.
-#define FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(macro) macro(direct) macro(im2col) macro(plain)
-#define FASTCONV_CONV_TRANSPOSE2D_CUDA_VARIANTS(macro)
+#define FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(macro)                                                 \
+  macro(direct) macro(im2col) macro(winograd_f2) macro(winograd_f4) macro(winograd_f6) macro(grouped) \
+      macro(plain)
+#define FASTCONV_CONV_TRANSPOSE2D_CUDA_VARIANTS(macro) macro(implicit_gemm) macro(direct) macro(im2col)
 
 FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CPU))
 FASTCONV_CONV_TRANSPOSE2D_CUDA_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CUDA)
