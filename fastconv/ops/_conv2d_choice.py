@@ -1,49 +1,114 @@
 """Which kernel runs a convolution: the conditions of each, and the one that is taken where none is named.
 
 Arguments are those of ``torch.ops.fastconv.conv2d``, in their normal forms: pairs, and four sides of padding.
+The rule of the C++ kernels was measured against PyTorch's own; ``docs/conv2d.md`` has the figures.
 """
 
 from __future__ import annotations
 
+import torch
+
+from .. import _library
 from ..backends import Choice
 from ..precision import get_precision
 from . import _convolution
+from ._operator import memory_format_of
+
+# The first is what the operators run where no algorithm is named.
+CPU_ALGORITHMS = ("direct", "im2col", "winograd_f2", "winograd_f4", "winograd_f6", "grouped", "plain")
+CUDA_ALGORITHMS = ("implicit_gemm", "direct", "im2col")
+DEFAULT = CPU_ALGORITHMS[0]
+
+# Winograd's weights, four times as many, have to be made in each call of training: worth it from so many pixels.
+_TRAINING_PIXELS = 512
+
+
+def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> str | None:
+    """The fastest C++ kernel of a pass, or None where PyTorch's own is faster.
+
+    Args:
+        source, target: channels of a group that the pass reads, and that it writes.
+        pixels: of all images, on the side of the convolution's output.
+    """
+    host = _library.host()
+    if host is None or host.cpu_capability() == "portable":
+        return None
+    dtype, taps = weight.dtype, weight.shape[2] * weight.shape[3]
+    if groups > 1 and source <= _convolution.NARROW and target <= _convolution.NARROW:
+        return "grouped"
+    if (
+        get_precision() == "fast"
+        and dtype != torch.float64
+        and (weight.shape[2], weight.shape[3]) == (3, 3)
+        and tuple(stride) == tuple(dilation) == (1, 1)
+        and source >= 16
+        and target >= 16
+        and (pixels >= _TRAINING_PIXELS or not (weight.requires_grad and torch.is_grad_enabled()))
+    ):
+        return "winograd_f4"
+    channels_last = memory_format_of(input) == torch.channels_last
+    if dtype in (torch.float32, torch.bfloat16):  # of the others PyTorch has no fast kernels
+        if taps > 1 and source * taps < 64:
+            return None
+        if channels_last and target < 16:
+            return None
+        if dtype == torch.bfloat16 and not channels_last:
+            return None
+    return "im2col" if not channels_last and (taps == 1 or target < 32) else "direct"
+
+
+def prefer(cpu_algorithm: str | None, input: torch.Tensor) -> tuple[str, ...]:
+    """The backends for ``backend=None``, the best first."""
+    if input.device.type == "cuda":
+        return "aten", "cuda", "triton"  # until ours are measured on a GPU
+    return ("aten", "cpu") if cpu_algorithm is None else ("cpu", "aten")
+
+
+def named(algorithm: str) -> str | None:
+    """An algorithm that a rule chose, as the operator's argument: with None, each pass has its own rule."""
+    return None if algorithm == DEFAULT else algorithm
 
 
 def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups) -> str | None:
-    return _convolution.why_not(algorithm, input, weight, stride, padding, dilation)
+    return _convolution.why_not(backend, algorithm, input, weight, stride, padding, dilation, groups)
 
 
-def prefer(input, weight, stride, padding, dilation, groups) -> tuple[str, ...]:
-    """The backends for ``backend=None``, the best first."""
-    return ("aten", "cuda", "triton") if input.device.type == "cuda" else ("aten", "cpu")
+def _cpu_algorithm(input, weight, stride, padding, dilation, groups) -> str | None:
+    pixels = input.shape[0] * (input.shape[2] // stride[0]) * (input.shape[3] // stride[1])
+    source, target = weight.shape[1], weight.shape[0] // groups
+    return fastest(source, target, pixels, input, weight, stride, dilation, groups)
+
+
+def _prefer(input, weight, stride, padding, dilation, groups) -> tuple[str, ...]:
+    return prefer(_cpu_algorithm(input, weight, stride, padding, dilation, groups), input)
 
 
 choose = Choice(
     "conv2d",
     algorithms={
-        "cpu": ("direct", "im2col", "plain"),
+        "cpu": CPU_ALGORITHMS,
+        "cuda": CUDA_ALGORITHMS,
+        "emulator": CUDA_ALGORITHMS,
         "triton": ("implicit_gemm", "pointwise"),
         "aten": ("convolution", "unfold"),
         "reference": (),
     },
-    prefer=prefer,
+    prefer=_prefer,
     why_not=why_not,
 )
 
 
 def default_algorithm(input, weight, stride, padding, dilation, groups) -> str:
     """The C++ kernel where a call names none."""
-    for algorithm in choose.algorithms["cpu"]:
-        if algorithm.startswith("winograd") and get_precision() == "exact":
-            continue
-        if why_not("cpu", algorithm, input, weight, stride, padding, dilation, groups) is None:
-            return algorithm
-    raise AssertionError("the plain kernel serves every call")
+    return _cpu_algorithm(input, weight, stride, padding, dilation, groups) or DEFAULT
 
 
 def pass_algorithms(
     backend, algorithm, input, weight, stride, padding, dilation, groups
 ) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
     """(backend, algorithm) of grad_input and of grad_weight, after a forward pass that ran on these."""
-    return (backend, algorithm), (backend, algorithm)
+    ours = backend, algorithm
+    top, bottom, left, right = padding
+    if ours == ("cpu", None) and weight.dtype == torch.bfloat16 and top == bottom and left == right:
+        return ours, ("aten", None)  # multiplies pairs of pixels; ours does not
+    return ours, ours

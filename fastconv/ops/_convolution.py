@@ -11,6 +11,9 @@ from ._arguments import check_integers, check_tensor, integer
 from ._operator import autocast, library, memory_format_of
 
 
+NARROW = 32  # channels of a group that algorithm="grouped" is made for
+
+
 def check_groups(input: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
     """Raises unless the groups divide input and weight, and neither is empty."""
     channels = input.shape[1]
@@ -48,11 +51,30 @@ def check_not_packed(packed: torch.Tensor | None) -> None:
         raise ValueError("packed must be None: only the C++ kernels read packed weights")
 
 
-def why_not(algorithm, input, weight, stride, padding, dilation) -> str | None:
+def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups) -> str | None:
     """Which condition of an algorithm a convolution, or a transposed one, fails; None if none."""
     kernel = f"a {weight.shape[2]}x{weight.shape[3]} weight"
     if algorithm == "im2col" and memory_format_of(input) != torch.contiguous_format:
         return "algorithm='im2col' needs a contiguous input, got a channels_last one"
+    if algorithm is not None and algorithm.startswith("winograd"):
+        if tuple(weight.shape[2:]) != (3, 3) or any(value != 1 for value in (*stride, *dilation)):
+            return (
+                f"algorithm={algorithm!r} needs a 3x3 weight, stride 1 and dilation 1, got {kernel}, "
+                f"stride={tuple(stride)}, dilation={tuple(dilation)}"
+            )
+    if algorithm == "grouped" and (weight.shape[1] > NARROW or weight.shape[0] // groups > NARROW):
+        return (
+            f"algorithm='grouped' needs at most {NARROW} channels and filters in a group, got "
+            f"{weight.shape[1]} and {weight.shape[0] // groups}"
+        )
+    if algorithm == "implicit_gemm" and backend in ("cuda", "emulator"):
+        if weight.dtype not in (torch.float16, torch.bfloat16):
+            return f"algorithm='implicit_gemm' multiplies float16 and bfloat16, got {weight.dtype}"
+        if weight.shape[1] % 8 or weight.shape[0] // groups % 8:
+            return (
+                "algorithm='implicit_gemm' needs a multiple of 8 channels and of 8 filters in a group, got "
+                f"{weight.shape[1]} and {weight.shape[0] // groups}"
+            )
     if algorithm == "pointwise" and (
         any(value != 1 for value in (*weight.shape[2:], *stride)) or any(value != 0 for value in padding)
     ):

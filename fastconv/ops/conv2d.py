@@ -9,7 +9,7 @@ import torch
 
 from ._activation import FROM_OUTPUT, activate, activation_backward, check_activation
 from ._arguments import check_tensor, integer, output_size, padding_sides, pair
-from ._conv2d_choice import choose, default_algorithm, pass_algorithms, why_not
+from ._conv2d_choice import choose, default_algorithm, named, pass_algorithms, why_not
 from ._convolution import (
     autocast_but,
     check_bias,
@@ -129,9 +129,11 @@ def conv2d(
             padded, weight, bias, stride, 0, dilation, groups, activation=activation, residual=residual
         )
         return as_memory_format(output, memory_format_of(input))
-    if algorithm is None and backend == "cpu":
-        algorithm = default_algorithm(input, weight, *geometry)
-    packed = packed_weight("conv2d", weight, groups, algorithm) if backend == "cpu" else None
+    packed = None
+    if backend == "cpu":
+        chosen = algorithm or default_algorithm(input, weight, *geometry)
+        packed = packed_weight("conv2d", weight, groups, chosen)
+        algorithm = algorithm or named(chosen)
     return forward_operator(backend, input, weight, bias, residual, packed, *geometry, activation, algorithm)
 
 
@@ -266,6 +268,12 @@ def _gradients(kernel: tuple[str, str | None], arguments: tuple, *need: bool) ->
     if not any(need):
         return None, None, None
     backend, algorithm = kernel
+    if backend == "aten":
+        grad, input, weight, stride, (top, _, left, _), dilation, groups = arguments
+        bias_sizes = [weight.shape[0]]
+        return torch.ops.aten.convolution_backward(
+            grad, input, weight, bias_sizes, stride, (top, left), dilation, False, (0, 0), groups, need
+        )
     grads = backward_operator(backend, *arguments, algorithm, *need)
     return tuple(g if n else None for g, n in zip(grads, need))
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..backends import Choice
-from ..precision import get_precision
 from . import _convolution
 from ._arguments import check_integers, check_tensor, integer, pair
+from ._conv2d_choice import CPU_ALGORITHMS, CUDA_ALGORITHMS, DEFAULT, fastest, named, prefer
 from ._convolution import (
     autocast_but,
     check_bias,
@@ -131,11 +131,11 @@ def conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
         return as_memory_format(output, memory_format_of(input))
-    if algorithm is None and backend == "cpu":
-        algorithm = default_algorithm(input, weight, *geometry)
     packed = None
     if backend == "cpu":
-        packed = packed_weight("conv_transpose2d", weight, stride, padding, dilation, groups, algorithm)
+        chosen = algorithm or default_algorithm(input, weight, *geometry)
+        packed = packed_weight("conv_transpose2d", weight, stride, padding, dilation, groups, chosen)
+        algorithm = algorithm or named(chosen)
     return forward_operator(backend, input, weight, bias, packed, *geometry, algorithm)
 
 
@@ -172,18 +172,21 @@ def _check(input, weight, bias, stride, padding, output_padding, dilation, group
 def _why_not(
     backend, algorithm, input, weight, stride, padding, output_padding, dilation, groups
 ) -> str | None:
-    return _convolution.why_not(algorithm, input, weight, stride, (*padding, *output_padding), dilation)
+    sides = (*padding, *output_padding)
+    return _convolution.why_not(backend, algorithm, input, weight, stride, sides, dilation, groups)
 
 
 def _prefer(input, weight, stride, padding, output_padding, dilation, groups) -> tuple[str, ...]:
     """The backends for ``backend=None``, the best first."""
-    return ("aten", "cuda", "triton") if input.device.type == "cuda" else ("aten", "cpu")
+    return prefer(_cpu_algorithm(input, weight, stride, padding, output_padding, dilation, groups), input)
 
 
 choose = Choice(
     "conv_transpose2d",
     algorithms={
-        "cpu": ("direct", "im2col", "plain"),
+        "cpu": CPU_ALGORITHMS,
+        "cuda": CUDA_ALGORITHMS,
+        "emulator": CUDA_ALGORITHMS,
         "triton": ("implicit_gemm", "pointwise"),
         "aten": (),
         "reference": (),
@@ -193,17 +196,23 @@ choose = Choice(
 )
 
 
+def _cpu_algorithm(input, weight, stride, padding, output_padding, dilation, groups) -> str | None:
+    return fastest(
+        weight.shape[0] // groups,
+        weight.shape[1],
+        input.shape[0] * input.shape[2] * input.shape[3],
+        input,
+        weight,
+        stride,
+        dilation,
+        groups,
+    )
+
+
 def default_algorithm(input, weight, stride, padding, output_padding, dilation, groups) -> str:
     """The C++ kernel where a call names none."""
-    for algorithm in choose.algorithms["cpu"]:
-        if algorithm.startswith("winograd") and get_precision() == "exact":
-            continue
-        if (
-            _why_not("cpu", algorithm, input, weight, stride, padding, output_padding, dilation, groups)
-            is None
-        ):
-            return algorithm
-    raise AssertionError("the plain kernel serves every call")
+    algorithm = _cpu_algorithm(input, weight, stride, padding, output_padding, dilation, groups)
+    return algorithm or DEFAULT
 
 
 # The operator: fake, gradient, vmap, FLOPs. `packed` is what conv_transpose2d_pack_weight returned for this
