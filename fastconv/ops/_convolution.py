@@ -10,7 +10,6 @@ import torch
 from ._arguments import check_integers, check_tensor, integer
 from ._operator import autocast, library, memory_format_of
 
-
 NARROW = 32  # channels of a group that algorithm="grouped" is made for
 
 
