@@ -19,7 +19,7 @@ CPU_ALGORITHMS = ("direct", "im2col", "winograd_f2", "winograd_f4", "winograd_f6
 CUDA_ALGORITHMS = ("implicit_gemm", "direct", "im2col")
 DEFAULT = CPU_ALGORITHMS[0]
 
-# Winograd's weights, four times as many, have to be made in each call of training: worth it from so many pixels.
+# Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels.
 _TRAINING_PIXELS = 512
 
 

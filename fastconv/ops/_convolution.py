@@ -55,12 +55,12 @@ def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups
     kernel = f"a {weight.shape[2]}x{weight.shape[3]} weight"
     if algorithm == "im2col" and memory_format_of(input) != torch.contiguous_format:
         return "algorithm='im2col' needs a contiguous input, got a channels_last one"
-    if algorithm is not None and algorithm.startswith("winograd"):
-        if tuple(weight.shape[2:]) != (3, 3) or any(value != 1 for value in (*stride, *dilation)):
-            return (
-                f"algorithm={algorithm!r} needs a 3x3 weight, stride 1 and dilation 1, got {kernel}, "
-                f"stride={tuple(stride)}, dilation={tuple(dilation)}"
-            )
+    winograd = algorithm is not None and algorithm.startswith("winograd")
+    if winograd and (*weight.shape[2:], *stride, *dilation) != (3, 3, 1, 1, 1, 1):
+        return (
+            f"algorithm={algorithm!r} needs a 3x3 weight, stride 1 and dilation 1, got {kernel}, "
+            f"stride={tuple(stride)}, dilation={tuple(dilation)}"
+        )
     if algorithm == "grouped" and (weight.shape[1] > NARROW or weight.shape[0] // groups > NARROW):
         return (
             f"algorithm='grouped' needs at most {NARROW} channels and filters in a group, got "
