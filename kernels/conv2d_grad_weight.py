@@ -24,7 +24,7 @@ def conv2d_implicit_gemm_grad_weight_kernel(
     partial_ptr,  # (slices, M, KH, KW, C / G)
     grad_stride_n, grad_stride_m, grad_stride_h, grad_stride_w,
     input_stride_n, input_stride_c, input_stride_h, input_stride_w,
-    batch, in_height, in_width, out_height, out_width, top, left, slice_length,
+    batch, in_height, in_width, out_height, out_width, top, left, slice_length,  # a multiple of PIXELS
     bundles, channels, filters,  # channels and filters of a bundle of groups
     KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
@@ -52,8 +52,8 @@ def conv2d_implicit_gemm_grad_weight_kernel(
     begin = tl.program_id(1).to(tl.int64) * slice_length
     n, e, f = places(begin, out_height, out_width, PIXELS)
     sums = tl.zeros((FILTERS, COLUMNS), SUM)
-    for start in tl.range(0, loop_bound(slice_length), PIXELS):
-        exists = (n < batch) & (start + tl.arange(0, PIXELS) < slice_length)
+    for _ in tl.range(0, loop_bound(slice_length), PIXELS):
+        exists = n < batch
         pixel = n.to(INDEX) * grad_stride_n + e.to(INDEX) * grad_stride_h + f.to(INDEX) * grad_stride_w
         mask = is_filter[:, None] & exists[None, :]
         dy = tl.load(grad_output_ptr + (grad[:, None] + pixel[None, :]), mask=mask, other=0.0)

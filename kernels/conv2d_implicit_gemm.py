@@ -52,7 +52,7 @@ def places(first, height, width, BLOCK: tl.constexpr):
     """(image, row, column) of BLOCK pixels from the first-th on; only scalars are divided in 64 bits."""
     column = (first % width).to(tl.int32) + tl.arange(0, BLOCK)
     row = (first // width % height).to(tl.int32) + column // width
-    image = first // width // height + row // height
+    image = (first // width // height).to(tl.int32) + row // height
     return image, row % height, column % width
 
 

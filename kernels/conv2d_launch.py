@@ -1,8 +1,8 @@
 """How the Triton kernels of convolution divide their work, and the launches that several operators share.
 
 Tile sizes are closed forms of the shape and the type: a first call compiles, and searches nothing. They are
-chosen for sm_90: 128 x 128 sums in eight warps keep its tensor cores busy, and three such tiles of operands
-lie in shared memory; smaller tiles where there would be fewer programs than multiprocessors.
+chosen for sm_90: 128 x 128 sums in eight warps keep its tensor cores busy, with three steps of operands in
+shared memory (96 KiB, so two programs a multiprocessor); smaller where there would be too few programs.
 
 A launcher passes its kernel in, so that what stands in for the kernel in its module is what is launched.
 """
@@ -33,8 +33,10 @@ def require(obstacle: str | None) -> None:
 
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """The sums' type, and whether float32 factors may lose bits, which only the caller can allow:
-    ``torch.backends.cuda.matmul.allow_tf32``, or ``fp32_precision`` beside it, which speaks for both."""
+    """The sums' type, and how float32 is multiplied: in full, unless the caller allows TF32.
+
+    By ``torch.backends.cuda.matmul.allow_tf32``, or by ``fp32_precision`` beside it, which knows both.
+    """
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {"SUM": SUM_TYPES[sum_type(dtype)], "PRECISION": "tf32" if tf32 else "ieee"}
 
@@ -77,6 +79,7 @@ class Limits(NamedTuple):
     area: int  # of a tile of sums
     step: int  # values of the long axis, along which is summed, at a time
     stages: int  # steps whose loads are under way
+    sums: int  # of a thread, in a tile of 4 or 8 warps
 
     def tile(self, rows: int, columns: int, copies: int, programs: int) -> tuple[int, int]:
         """Sides of a tile, smaller where ``copies`` of rows x columns would make fewer than ``programs``."""
@@ -88,18 +91,19 @@ class Limits(NamedTuple):
         return tile[0], tile[1]
 
     def options(self, tile: tuple[int, int]) -> dict[str, int]:
-        """At most 64 sums a thread, better 32; a smaller tile leaves room for one more stage."""
-        area = tile[0] * tile[1]
-        return {"num_warps": 8 if area > 4096 else 4, "num_stages": self.stages}
+        return {"num_warps": 8 if tile[0] * tile[1] > 128 * self.sums else 4, "num_stages": self.stages}
 
 
 def limits(dtype: torch.dtype, precision: str, channels_last: bool, channels: int, filters: int) -> Limits:
-    """By what multiplies, and by whether 16 bytes are loaded at a time, past the registers."""
-    if dtype.itemsize > 2 and precision != "tf32":
-        return Limits(64, 4096, 16, 2 if dtype == torch.float64 else 3)
-    if channels_last and channels % 16 == 0 and filters % 16 == 0:
-        return Limits(128, 16384, 128 // dtype.itemsize, 3)
-    return Limits(128, 8192, 64 // dtype.itemsize, 3)
+    """By what multiplies: FMA or tensor cores; and by how it is loaded: 16 bytes at a time, or one value."""
+    wide = channels_last and channels % 16 == 0 and filters % 16 == 0
+    if dtype == torch.float64:
+        return Limits(64, 4096, 16, 2, 16)
+    if dtype == torch.float32 and precision != "tf32":
+        return Limits(64, 4096, 16, 3, 32 if wide else 16)
+    if wide:
+        return Limits(128, 16384, 128 // dtype.itemsize, 3, 32)
+    return Limits(128, 8192, 64 // dtype.itemsize, 3, 32)
 
 
 def tiling(limit: Limits, pixels: int, filters: int, copies: int, length: int) -> dict[str, int]:
