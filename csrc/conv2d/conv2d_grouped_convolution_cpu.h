@@ -1,6 +1,7 @@
-// The grouped convolution, forward and transposed: from images to strips, units and blocks of channels.
+// The grouped convolution, forward and transposed: from images to strips of rows and units of channels.
 //
-// Computes  out[m] = act(bias[m] + residual[m] + sum over c, i, j of in[g * C/G + c, ...] * w[m, c, i, j]).
+// Channels_last float32 pixels of up to 1 KiB are read where they lie, and all units take turns on a few
+// columns; any other image goes through a tile, a unit at a time. What comes next is asked for meanwhile.
 #pragma once
 
 #include "../depthwise_conv2d/depthwise_conv2d_vectorized_cpu.h"
@@ -131,7 +132,7 @@ class GroupedConvolution {
     return choose_grouped_kernel<false, P, A>(geometry_, phase);
   }
 
-  // Output vector v of a unit, where the input and the output are read and written in place.
+  // Output vector v of a unit, as if the input and the output were read and written in place.
   GroupedStrip<A> strip_of(Worker& worker, const Item& item, int64_t unit, int64_t v) const {
     GroupedStrip<A> strip{};
     strip.terms = channels_.in_group;

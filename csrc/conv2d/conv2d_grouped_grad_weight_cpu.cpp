@@ -1,14 +1,14 @@
 // Convolution, C++, narrow groups: grad_weight and grad_bias.
 //
-// Computes  gw[m, c, i, j] = sum over n, e, f of gy[n, m, e, f] * x[n, g * C/G + c, e*s + i*d - p, f*s + j*d
-// -
-//   p], a channel of x in each vector lane.
+// Computes  gw[m, c, i, j] = sum over n, e, f of gy[n, m, e, f] * x[n, g * C/G + c, e*s + i*d - p,
+//   f*s + j*d - p], a channel of x in each vector lane.
 // One inner step: a pixel of gy meets 3 pixels of x, a row of taps. Each filter's value is spread over the
 //   lanes of its group once: for 8 filters 8 spreads and 3 loads for 24 multiply-adds into 24 registers.
 // Bytes: x + gy once for every L channels, where they lie or through a tile that the cache holds.
 // Threads share no sums: an item is a unit of channels and a slice of the rows of the batch. Their sums are
 //   added in a fixed order, so the result has the same bits for any number of threads.
-// Limits: the number of slices, and with it the order of additions, depends on the shape.
+// Limits: the number of slices, and with it the order of additions, depends on the shape. Lanes are wasted
+//   where in_group is no multiple of L, unless in_group == out_group divides L.
 #include "../depthwise_conv2d/depthwise_conv2d_vectorized_cpu.h"
 #include "conv2d_grouped_cpu.h"
 

@@ -1,8 +1,10 @@
-// Transposed convolution, C++, narrow groups (made for at most 32 channels of a group read and written).
+// Transposed convolution, C++, narrow groups.
 //
 // Computes  out[c] = bias[c] + sum over m, i, j of in[g * M/G + m, ...] * w[m, c, i, j], as a convolution for
 //   each residue of an output's row and column modulo the stride: no product with a zero, no atomics.
-// One inner step: ../conv2d/conv2d_grouped_columns_cpu.h.
+// One inner step, and its limit: ../conv2d/conv2d_grouped_cpu.cpp, with the taps of one residue.
+// Bytes: input + output once, while a strip of rows stays in the L2 cache.
+// Limits: as forward, with in_group and out_group exchanged.
 #include "../conv2d/conv2d_grouped_convolution_cpu.h"
 #include "conv_transpose2d.h"
 
