@@ -141,8 +141,8 @@ class DirectGradWeight {
     A *x_tile, *grad_tile;
   };
 
-  // A single row of taps skips the rows of x that the stride skips.
-  int64_t row_step() const { return tap_rows_ == 1 ? shape_.stride_height : 1; }
+  // Rows of x between two of its tile: a single row of taps leaves out those that the stride skips.
+  int64_t row_step() const { return tap_rows_ == 1 && !x_in_place_ ? shape_.stride_height : 1; }
   int64_t tile_rows() const {
     const int64_t reach = (visit_rows_ - 1) * shape_.stride_height + (tap_rows_ - 1) * shape_.dilation_height;
     return std::min(reach, shape_.in_height - 1) / row_step() + 1;
