@@ -115,6 +115,10 @@ BENCHMARK = Benchmark(
         "padding": 1,
     },
     ladder_layout="nchw",
+    ladder_steps={
+        "cpu": ("plain", "im2col", "direct", "grouped", "winograd_f2", "winograd_f4", "winograd_f6"),
+        "cuda": ("direct", "im2col", "implicit_gemm"),
+    },
     slow=("plain",),
     products_saved=products_saved,
 )

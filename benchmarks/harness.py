@@ -57,6 +57,8 @@ class Benchmark:
         ladder: the layer that ``python -m fastconv ladder`` climbs on.
         tiny: sizes that the emulator and Triton's interpreter finish in a second.
         ladder_layout: a layout that every algorithm serves.
+        ladder_steps: the algorithms of a backend, the plainest first; where it says nothing of a backend, the
+            reverse of what is tried first.
         slow: algorithms that would take minutes a layer: timed on the ladder, else only where their backend
             is asked for by name.
         products_saved: ``products_saved(sizes) -> float``: the formula's multiplications over those of the
@@ -73,6 +75,7 @@ class Benchmark:
     ladder: str
     tiny: dict[str, int] = field(default_factory=dict)
     ladder_layout: str = "nhwc"
+    ladder_steps: dict[str, tuple[str, ...]] = field(default_factory=dict)
     slow: tuple[str, ...] = ()
     products_saved: Callable[[dict], float] = lambda sizes: 1.0
 

@@ -9,7 +9,7 @@ import torch
 from test_benchmarks import LIMITS, OURS, TORCH, harness, report, results, tiny
 
 import fastconv
-from fastconv.backends import BackendError
+from fastconv.backends import CHOICES, BackendError
 
 
 @pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
@@ -73,6 +73,12 @@ def test_slow_algorithms_run_only_when_their_backend_is_named():
 
     assert "plain" not in algorithms() and "direct" in algorithms()
     assert {"plain", "direct"} <= algorithms(backends_wanted=["cpu"])
+
+
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+def test_ladder_has_every_algorithm(op):
+    for backend, steps in harness.load(op).ladder_steps.items():
+        assert sorted(steps) == sorted(CHOICES[op].algorithms[backend])
 
 
 def test_weight_layout_is_the_weights():

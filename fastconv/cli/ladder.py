@@ -84,7 +84,8 @@ def climb(harness, op: str, device: str, layout: str) -> list:
 
     def steps(name: str) -> list:
         algorithms = backends.CHOICES[op].algorithms[name] or (None,)
-        return [harness.Contender("fastconv", layout, name, algorithm) for algorithm in reversed(algorithms)]
+        plainest_first = harness.load(op).ladder_steps.get(name, algorithms[::-1])
+        return [harness.Contender("fastconv", layout, name, algorithm) for algorithm in plainest_first]
 
     timed = [name for name in backends.available(op, device) if name not in (*_not_timed(device), "aten")]
     compiled = [name for name in timed if name != "reference"]
