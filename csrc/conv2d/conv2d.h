@@ -78,8 +78,10 @@ struct Conv2dEpilogue {
                                            T* grad_bias, accumulate_t<T>* workspace,                       \
                                            const Conv2dShape& shape, void* stream);
 
-FASTCONV_CONV2D_CUDA(direct)         // false: no patch of the input fits in shared memory
-FASTCONV_CONV2D_CUDA(im2col)         // serves every shape
-FASTCONV_CONV2D_CUDA(implicit_gemm)  // false: not float16 or bfloat16, groups not of multiples of 8 channels
+FASTCONV_CONV2D_CUDA(direct)  // false: no patch of the input fits in shared memory
+FASTCONV_CONV2D_CUDA(im2col)  // serves every shape
+// false: not float16 or bfloat16; channels or filters of a group no multiple of 8; forward and transposed,
+// kernels whose weights of 16 channels do not fit in shared memory twice (beyond about 8 x 8 taps).
+FASTCONV_CONV2D_CUDA(implicit_gemm)
 
 }  // namespace fastconv
