@@ -53,7 +53,6 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::opt
   const Tensor output = new_tensor(output_sizes(shape), input, format_of(shape));
   if (output.numel() == 0) return output;
   input = as_format(input, format_of(shape));
-  weight = as_contiguous(weight);
   const OnDeviceOf guard(input);
   dispatch_dtype(input, "input", [&](auto element) {
     using T = decltype(element);
@@ -83,7 +82,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
   }
   grad_output = as_format(grad_output, format_of(shape));
   input = as_format(input, format_of(shape));
-  weight = as_contiguous(weight);
   const OnDeviceOf guard(input);
   dispatch_dtype(input, "input", [&](auto element) {
     using T = decltype(element);
@@ -100,7 +98,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
 #if !defined(FASTCONV_EMULATOR)
 Tensor pack_weight(Tensor weight, int64_t groups, std::string algorithm) {
   const Conv2dShape shape = make_shape_of_weight(weight, {1, 1}, {0, 0}, {1, 1}, groups);
-  weight = as_contiguous(weight);
   Tensor packed;
   dispatch_dtype(weight, "weight", [&](auto element) {
     using T = decltype(element);

@@ -85,8 +85,9 @@ struct Conv2dEpilogue {
 // implicit_gemm takes float16 and bfloat16 with groups of multiples of 8 channels; direct needs a patch of
 // the input to fit in shared memory; im2col serves every shape.
 #define FASTCONV_CONV2D_CUDA_VARIANTS(macro) macro(implicit_gemm) macro(direct) macro(im2col)
-
+// clang-format off
 FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU_VARIANTS(FASTCONV_CONV2D_CPU))
 FASTCONV_CONV2D_CUDA_VARIANTS(FASTCONV_CONV2D_CUDA)
+// clang-format on
 
 }  // namespace fastconv

@@ -154,16 +154,18 @@ constexpr ScalarType accumulate_dtype = std::is_same_v<T, double> ? ScalarType::
 struct Cpu {
   // The first row that serves.
   template <typename Variant>
-  static Variant find(const std::optional<std::string>& algorithm, const Conv2dShape& shape) {
-    for (const Variant& variant : asked_for(algorithm, cpu_variants<Variant>()))
-      if (serves(variant.name, shape)) return variant;
+  static const Variant& find(const std::optional<std::string>& algorithm, const Conv2dShape& shape) {
+    for (const Variant& variant : cpu_variants<Variant>())
+      if ((!algorithm || *algorithm == variant.name) && serves(variant.name, shape)) return variant;
+    asked_for(algorithm, cpu_variants<Variant>());  // raises where there is none of this name
     refuse(algorithm);
   }
 
   template <typename T, typename Variant>
   static Tensor pack(const Variant& variant, const Tensor& weight, const Conv2dShape& shape) {
     const Tensor packed = torch::stable::empty({variant.packed_size(shape)}, accumulate_dtype<T>);
-    variant.pack_weight(const_data<T>(weight), mutable_data<accumulate_t<T>>(packed), shape, torch_threads);
+    const Tensor dense = as_contiguous(weight);
+    variant.pack_weight(const_data<T>(dense), mutable_data<accumulate_t<T>>(packed), shape, torch_threads);
     return packed;
   }
 
@@ -184,7 +186,7 @@ struct Cpu {
   static void forward(const std::optional<std::string>& algorithm, const Tensor& input, const Tensor& weight,
                       const std::optional<Tensor>& packed, const Conv2dEpilogue<T>& epilogue,
                       const Tensor& output, const Conv2dShape& shape) {
-    const auto variant = find<Conv2dCpuVariant<T>>(algorithm, shape);
+    const auto& variant = find<Conv2dCpuVariant<T>>(algorithm, shape);
     const Tensor weights = packed_weight<T>(variant, packed, weight, shape);
     variant.forward(const_data<T>(input), const_data<accumulate_t<T>>(weights), epilogue,
                     mutable_data<T>(output), shape, torch_threads);
@@ -194,7 +196,7 @@ struct Cpu {
   static void transpose(const std::optional<std::string>& algorithm, const Tensor& input,
                         const Tensor& weight, const std::optional<Tensor>& packed, const T* bias,
                         const Tensor& output, const Conv2dShape& shape) {
-    const auto variant = find<ConvTranspose2dCpuVariant<T>>(algorithm, shape);
+    const auto& variant = find<ConvTranspose2dCpuVariant<T>>(algorithm, shape);
     const Tensor weights = packed_weight<T>(variant, packed, weight, shape);
     variant.forward(const_data<T>(input), const_data<accumulate_t<T>>(weights), bias, mutable_data<T>(output),
                     shape, torch_threads);
@@ -228,8 +230,9 @@ struct Cuda {
                       const std::optional<Tensor>& packed, const Conv2dEpilogue<T>& epilogue,
                       const Tensor& output, const Conv2dShape& shape) {
     check_not_packed(packed);
+    const Tensor dense = as_contiguous(weight);
     run(algorithm, conv2d_cuda_variants<T>(), [&](const auto& variant) {
-      return variant.forward(const_data<T>(input), const_data<T>(weight), epilogue, mutable_data<T>(output),
+      return variant.forward(const_data<T>(input), const_data<T>(dense), epilogue, mutable_data<T>(output),
                              shape, stream_of(input));
     });
   }
@@ -239,9 +242,10 @@ struct Cuda {
                         const Tensor& weight, const std::optional<Tensor>& packed, const T* bias,
                         const Tensor& output, const Conv2dShape& shape) {
     check_not_packed(packed);
+    const Tensor dense = as_contiguous(weight);
     run(algorithm, conv_transpose2d_cuda_variants<T>(), [&](const auto& variant) {
-      return variant.forward(const_data<T>(input), const_data<T>(weight), bias, mutable_data<T>(output),
-                             shape, stream_of(input));
+      return variant.forward(const_data<T>(input), const_data<T>(dense), bias, mutable_data<T>(output), shape,
+                             stream_of(input));
     });
   }
 

@@ -189,9 +189,10 @@ class Direct {
         std::max<int64_t>(1, l2_bytes / std::max<int64_t>(1, tap_row * int64_t(sizeof(E))));
     for (int64_t i = 0; i == 0 || i < phase.taps_high; i += tap_rows) {
       const int64_t i_end = std::min(phase.taps_high, i + tap_rows);
+      Cursor cursor{0, worker.chunk->begin % pass_.rows(phase), worker.chunk->begin / pass_.rows(phase)};
       for (int64_t q = begin; q < end; q += R) {
         Pixels<R> pixels;
-        locate(worker, q, std::min<int64_t>(R, end - q), pixels);
+        locate(worker, cursor, std::min<int64_t>(R, end - q), pixels);
         A* sums = worker.sums.data() + (q - begin) * line;
         Vector<A> sum[R][V];
 #pragma GCC unroll 12
@@ -214,26 +215,30 @@ class Direct {
     if (!pass_.channels_last) store_contiguous(worker, first, lanes, line);
   }
 
-  // Where R pixels from number q read and write; those beyond `count` repeat the last.
+  struct Cursor {  // a pixel of a phase
+    int64_t column, row, image;
+  };
+
+  // Where the next R pixels read and write; those beyond `count` repeat the last.
   template <int R>
-  void locate(const Worker& worker, int64_t q, int64_t count, Pixels<R>& pixels) const {
+  void locate(const Worker& worker, Cursor& at, int64_t count, Pixels<R>& pixels) const {
     const Geometry& g = pass_.geometry;
     const Phase& phase = *worker.chunk->phase;
     const int64_t columns = pass_.columns(phase), rows = pass_.rows(phase);
-    int64_t f = q % columns, e = q / columns % rows, n = q / columns / rows;
     pixels.inner = true;
     for (int r = 0; r < R; ++r) {
-      pixels.image[r] = worker.images[n - worker.first_image];
-      pixels.row[r] = e * g.stride_height - phase.top;
-      pixels.column[r] = f * g.stride_width - phase.left;
-      pixels.output[r] = ((n * g.out_height + phase.first_row + e * phase.row_step) * g.out_width +
-                          phase.first_column + f * phase.column_step) *
-                         output_.channels;
+      pixels.image[r] = worker.images[at.image - worker.first_image];
+      pixels.row[r] = at.row * g.stride_height - phase.top;
+      pixels.column[r] = at.column * g.stride_width - phase.left;
+      pixels.output[r] =
+          ((at.image * g.out_height + phase.first_row + at.row * phase.row_step) * g.out_width +
+           phase.first_column + at.column * phase.column_step) *
+          output_.channels;
       pixels.inner &= pixels.column[r] >= 0 && pixels.column[r] + phase.taps_wide <= g.in_width;
-      if (r + 1 >= count) continue;
-      if (++f < columns) continue;
-      f = 0;
-      if (++e == rows) e = 0, ++n;
+      if (r + 1 >= count && r + 1 < R) continue;
+      if (++at.column < columns) continue;
+      at.column = 0;
+      if (++at.row == rows) at.row = 0, ++at.image;
     }
   }
 

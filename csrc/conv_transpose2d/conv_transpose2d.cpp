@@ -45,7 +45,6 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::opt
       new_tensor({shape.batch, shape.in_channels, shape.in_height, shape.in_width}, input, format_of(shape));
   if (output.numel() == 0) return output;
   input = as_format(input, format_of(shape));
-  weight = as_contiguous(weight);
   const OnDeviceOf guard(input);
   dispatch_dtype(input, "input", [&](auto element) {
     using T = decltype(element);
@@ -61,7 +60,6 @@ Tensor pack_weight(Tensor weight, Integers stride, Integers padding, Integers di
   // As large as a stride, so that it holds every phase.
   shape.in_height = stride[0];
   shape.in_width = stride[1];
-  weight = as_contiguous(weight);
   Tensor packed;
   dispatch_dtype(weight, "weight", [&](auto element) {
     using T = decltype(element);

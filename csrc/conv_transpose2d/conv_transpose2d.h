@@ -45,8 +45,9 @@ namespace fastconv {
   macro(direct) macro(im2col) macro(winograd_f2) macro(winograd_f4) macro(winograd_f6) macro(grouped) \
       macro(plain)
 #define FASTCONV_CONV_TRANSPOSE2D_CUDA_VARIANTS(macro) macro(implicit_gemm) macro(direct) macro(im2col)
-
+// clang-format off
 FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CPU))
 FASTCONV_CONV_TRANSPOSE2D_CUDA_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CUDA)
+// clang-format on
 
 }  // namespace fastconv
