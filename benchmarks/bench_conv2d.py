@@ -121,6 +121,7 @@ BENCHMARK = Benchmark(
     },
     slow=("plain",),
     products_saved=products_saved,
+    rounding={"winograd_f6": 4.0},  # its points lie far out: more cancels
 )
 
 

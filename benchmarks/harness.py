@@ -63,6 +63,7 @@ class Benchmark:
             is asked for by name.
         products_saved: ``products_saved(sizes) -> float``: the formula's multiplications over those of the
             fastest algorithm known here. A time so much below the floor is possible.
+        rounding: how many times a plain sum's error is allowed of an algorithm, where a call names it.
     """
 
     op: str
@@ -78,6 +79,7 @@ class Benchmark:
     ladder_steps: dict[str, tuple[str, ...]] = field(default_factory=dict)
     slow: tuple[str, ...] = ()
     products_saved: Callable[[dict], float] = lambda sizes: 1.0
+    rounding: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,7 @@ class Problem:
             with torch.set_grad_enabled(self.direction == "backward"):
                 answers = call()
             answers = [answers] if isinstance(answers, torch.Tensor) else list(answers)
-            entry["max_error"], entry["refused"] = self._judge(answers, expected)
+            entry["max_error"], entry["refused"] = self._judge(answers, expected, contender)
         except Exception as error:  # whatever a kernel raises, the others must still be timed
             unserved = isinstance(error, backends.BackendError) and contender.backend is not None
             entry["left_out" if unserved else "refused"] = f"{type(error).__name__}: {error}"
@@ -355,7 +357,7 @@ class Problem:
         grad = placed(grad_output, contender.layout)
         return lambda: torch.autograd.grad(output, tensors, grad, retain_graph=True)
 
-    def _judge(self, answers, expected) -> tuple[float, str | None]:
+    def _judge(self, answers, expected, contender: Contender) -> tuple[float, str | None]:
         """The largest error, relative to the largest value expected, and why it is too large, or None."""
         worst, reason = 0.0, None
         for answer, exact in zip(answers, expected, strict=True):
@@ -363,7 +365,8 @@ class Problem:
                 return math.inf, f"wrong shape {tuple(answer.shape)}, expected {tuple(exact.shape)}"
             scale = max(exact.abs().max().item(), 1e-30) if exact.numel() else 1.0
             error = (answer.double() - exact).abs().max().item() / scale if exact.numel() else 0.0
-            allowed = tolerance(self.dtype, self.macs / max(exact.numel(), 1))
+            rounding = self.benchmark.rounding.get(contender.algorithm, 1.0)
+            allowed = tolerance(self.dtype, rounding**2 * self.macs / max(exact.numel(), 1))
             if not error <= allowed:  # a NaN too
                 reason = f"wrong result: error {error:.1e} of the largest value, {allowed:.1e} allowed"
             if not error <= worst:

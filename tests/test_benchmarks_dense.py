@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from test_benchmarks import LIMITS, OURS, TORCH, harness, report, results, tiny
+from tolerances import ALGORITHMS, TOLERANCES
 
 import fastconv
 from fastconv.backends import CHOICES, BackendError
@@ -79,6 +80,15 @@ def test_slow_algorithms_run_only_when_their_backend_is_named():
 def test_ladder_has_every_algorithm(op):
     for backend, steps in harness.load(op).ladder_steps.items():
         assert sorted(steps) == sorted(CHOICES[op].algorithms[backend])
+
+
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+def test_no_algorithm_is_allowed_more_than_in_the_tests(op):
+    for algorithm, rounding in harness.load(op).rounding.items():
+        terms = 1e6
+        allowed = harness.tolerance(torch.float32, rounding**2 * terms)
+        c = TOLERANCES[torch.float32].c * ALGORITHMS[algorithm]
+        assert allowed <= c * torch.finfo(torch.float32).eps * terms**0.5
 
 
 def test_weight_layout_is_the_weights():
