@@ -301,6 +301,17 @@ def test_edges_of_slices(pixels: int, layout: str) -> None:
     assert [slices for _, slices in kernel.grids] == [-(-pixels // 16)] * 2
 
 
+@pytest.mark.parametrize("layout", FORMATS)
+def test_slices_of_several_groups_and_steps(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 pixels are two slices, of three steps and of two, for each of two groups too wide for one tile."""
+    kernel = Counted(convolution.conv2d_implicit_gemm_grad_weight_kernel)
+    monkeypatch.setattr(convolution, "conv2d_implicit_gemm_grad_weight_kernel", kernel)
+    case = Case((2, 18, 5, 8), 18, (1, 1), padding=(0, 0, 0, 0), groups=2)
+    monkeypatch.setattr(convolution, "GRAD_WEIGHT_PROGRAMS", 4)
+    check_backward(case, layout)
+    assert kernel.grids == [(2, 2)]
+
+
 def test_slices_are_added_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits twice, and the same sums however many slices there are."""
     case = Case((3, 2, 9, 5))
