@@ -1,6 +1,7 @@
 // One pass of convolution, shared by forward and the transposed convolution.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "../common/geometry.h"
@@ -63,6 +64,15 @@ inline DirectPass direct_transposed(const Conv2dShape& s) {
                   true, s.channels_last};
   pass.geometry.out_height = s.in_height, pass.geometry.out_width = s.in_width;
   return pass;
+}
+
+// Activations that are a lower bound: none, and relu.
+inline bool is_floor(Activation activation) {
+  return activation == Activation::none || activation == Activation::relu;
+}
+template <typename A>
+A floor_of(Activation activation) {
+  return activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity();
 }
 
 // Stores sums of one channel, of pixels `step` apart; `at`: the index of the first in the output.

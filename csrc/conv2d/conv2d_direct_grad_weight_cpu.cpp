@@ -224,15 +224,6 @@ class DirectGradWeight {
     }
   }
 
-  // A row of a group's channels, (width with padding, channels).
-  void load_row(int64_t n, int64_t row, int64_t group, A* tile) const {
-    const int64_t channels = shape_.in_group(), left = shape_.padding_left, width = input_.width;
-    std::fill_n(tile, left * channels, A(0));
-    A* target = tile + left * channels;
-    std::fill(target + width * channels, tile + tile_width_ * channels, A(0));
-    load_pixels(input_.next(n), group * channels, channels, row * width, width, target);
-  }
-
   template <int V>
   void add_visit(const A* x, const A* grad, int64_t rows, A* sums) const {
     constexpr int R = std::min(rows_of<V>, 12);

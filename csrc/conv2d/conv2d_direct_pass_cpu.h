@@ -1,8 +1,6 @@
 // The pixels of a pass against panels of filters; see conv2d_direct_cpu.cpp.
 #pragma once
 
-#include <limits>
-
 #include "../common/tile.h"
 #include "conv2d_direct_cpu.h"
 
@@ -268,18 +266,34 @@ class Direct {
     }
   }
 
-  // The plain case, straight from the registers; false, and nothing done, where there is more to do.
+  // Asks for the lines that the sums will be added to and stored in.
+  template <int R, int V>
+  void prefetch(const Pixels<R>& pixels, int64_t first) const {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = pixels.output[r] + first + v * L;
+        if (epilogue_.residual) __builtin_prefetch(epilogue_.residual + at);
+        prefetch_for_write(output_.data + at);
+      }
+  }
+
+  // The usual case, straight from the registers; false, and nothing done, where there is more to do.
   template <int R, int V>
   inline __attribute__((always_inline)) bool store_in_place(const Pixels<R>& pixels, int64_t count,
                                                             int64_t first, int64_t lanes,
                                                             Vector<A> (&sum)[R][V]) const {
     if constexpr (std::is_same_v<T, A>) {
-      const Activation activation = epilogue_.activation;
-      if (!pass_.channels_last || lanes < V * L || epilogue_.residual ||
-          (activation != Activation::none && activation != Activation::relu))
-        return false;
-      const Vector<A> least =
-          broadcast(activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity());
+      if (!pass_.channels_last || lanes < V * L || !is_floor(epilogue_.activation)) return false;
+      const Vector<A> least = broadcast(floor_of<A>(epilogue_.activation));
+      if (epilogue_.residual) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          if (r >= count) break;
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v)
+            sum[r][v] += load_vector(epilogue_.residual + pixels.output[r] + first + v * L);
+        }
+      }
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         if (r >= count) return true;

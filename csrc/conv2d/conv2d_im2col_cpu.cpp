@@ -10,8 +10,6 @@
 // is not a trifle.
 #include "conv2d_im2col_cpu.h"
 
-#include <limits>
-
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
 
@@ -227,27 +225,32 @@ class Im2col {
     for (int r = 0; r < R; ++r) finish(worker, filter + r, block[r]);
   }
 
-  // The plain case, a panel of consecutive pixels, straight from the registers; false, and nothing done,
+  // The usual case, a panel of consecutive pixels, straight from the registers; false, and nothing done,
   // where there is more to do.
   template <int R, int V>
   inline __attribute__((always_inline)) bool store_in_place(const Worker& worker, int64_t filter,
                                                             Vector<A> (&sum)[R][V]) const {
     if constexpr (std::is_same_v<T, A>) {
       const Phase& phase = worker.phase;
-      const Activation activation = epilogue_.activation;
       const Run &run = worker.runs.front(), &last = worker.runs.back();
       if (worker.pixels < V * L || run.image != last.image || phase.row_step > 1 || phase.column_step > 1 ||
-          epilogue_.residual || (activation != Activation::none && activation != Activation::relu))
+          !is_floor(epilogue_.activation))
         return false;
-      T* target = output_ + (run.image * pass_.groups * pass_.to_group + filter) * out_pixels_ +
-                  run.row * pass_.geometry.out_width + run.column;
-      const Vector<A> least =
-          broadcast(activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity());
+      const int64_t at = (run.image * pass_.groups * pass_.to_group + filter) * out_pixels_ +
+                         run.row * pass_.geometry.out_width + run.column;
+      const Vector<A> least = broadcast(floor_of<A>(epilogue_.activation));
+      if (epilogue_.residual) {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v)
+            sum[r][v] += load_vector(epilogue_.residual + at + r * out_pixels_ + v * L);
+      }
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v)
-          store_vector(target + r * out_pixels_ + v * L, sum[r][v] < least ? least : sum[r][v]);
+          store_vector(output_ + at + r * out_pixels_ + v * L, sum[r][v] < least ? least : sum[r][v]);
       return true;
     }
     return false;

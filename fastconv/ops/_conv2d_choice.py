@@ -19,8 +19,11 @@ CPU_ALGORITHMS = ("direct", "im2col", "winograd_f2", "winograd_f4", "winograd_f6
 CUDA_ALGORITHMS = ("implicit_gemm", "direct", "im2col")
 DEFAULT = CPU_ALGORITHMS[0]
 
+# Multiply-adds from which on a call is worth the microseconds that it takes before it computes.
+_LEAST, _LEAST_CHANNELS_LAST = 1 << 20, 1 << 22
+
 # Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels.
-_TRAINING_PIXELS = 512
+_TRAINING_PIXELS = 128
 
 
 def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> str | None:
@@ -34,6 +37,9 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
     if host is None or host.cpu_capability() == "portable":
         return None
     dtype, taps = weight.dtype, weight.shape[2] * weight.shape[3]
+    channels_last = memory_format_of(input) == torch.channels_last
+    if pixels * weight.shape[0] * source * taps < (_LEAST_CHANNELS_LAST if channels_last else _LEAST):
+        return None
     if groups > 1 and source <= _convolution.NARROW and target <= _convolution.NARROW:
         return "grouped"
     if (
@@ -46,11 +52,10 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
         and (pixels >= _TRAINING_PIXELS or not (weight.requires_grad and torch.is_grad_enabled()))
     ):
         return "winograd_f4"
-    channels_last = memory_format_of(input) == torch.channels_last
     if dtype in (torch.float32, torch.bfloat16):  # of the others PyTorch has no fast kernels
         if taps > 1 and source * taps < 64:
             return None
-        if channels_last and target < 16:
+        if channels_last and (target < 16 or taps == 1 and (source < 128 or target < 64)):
             return None
         if dtype == torch.bfloat16 and not channels_last:
             return None
