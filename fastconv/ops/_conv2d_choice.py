@@ -40,8 +40,10 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
     channels_last = memory_format_of(input) == torch.channels_last
     if pixels * weight.shape[0] * source * taps < (_LEAST_CHANNELS_LAST if channels_last else _LEAST):
         return None
+    others = dtype not in (torch.float32, torch.bfloat16)  # of these PyTorch has no fast kernels
     if groups > 1 and source <= _convolution.NARROW and target <= _convolution.NARROW:
-        return "grouped"
+        narrow = source <= 8 and target <= 8 and (channels_last or pixels >= 2048)
+        return "grouped" if narrow or others else None
     if (
         get_precision() == "fast"
         and dtype != torch.float64
@@ -52,14 +54,15 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
         and (pixels >= _TRAINING_PIXELS or not (weight.requires_grad and torch.is_grad_enabled()))
     ):
         return "winograd_f4"
-    if dtype in (torch.float32, torch.bfloat16):  # of the others PyTorch has no fast kernels
+    plane = input.shape[2] * input.shape[3]
+    if not others:
         if taps > 1 and source * taps < 64:
             return None
-        if channels_last and (target < 16 or taps == 1 and (source < 128 or target < 64)):
+        if channels_last and (target < 16 or (taps == 1 and source < 1024 and plane > 100)):
             return None
-        if dtype == torch.bfloat16 and not channels_last:
+        if not channels_last and (dtype == torch.bfloat16 or (taps == 1 and plane < 784)):
             return None
-    return "im2col" if not channels_last and (taps == 1 or target < 32) else "direct"
+    return "im2col" if not channels_last and (taps == 1 or target < 32 or source < 16) else "direct"
 
 
 def prefer(cpu_algorithm: str | None, input: torch.Tensor) -> tuple[str, ...]:

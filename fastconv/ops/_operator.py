@@ -117,7 +117,15 @@ class Operator:
 
     def __call__(self, backend: str, *arguments: Any) -> Any:
         """Runs the operator with one backend's kernels, differentiably."""
-        return self._ops[OVERLOADS[backend]](*arguments)
+        op = self._ops[OVERLOADS[backend]]
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or (torch.is_grad_enabled() and _any_requires_grad(arguments))
+        ):
+            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():  # the way there takes as long as a small convolution
+            return op(*arguments)
 
     def _launch_triton(self, *arguments: Any) -> Any:
         self._check(*arguments)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import _plans
 from ._activation import FROM_OUTPUT, activate, activation_backward, check_activation
 from ._arguments import check_tensor, integer, output_size, padding_sides, pair
 from ._conv2d_choice import choose, default_algorithm, named, pass_algorithms, why_not
@@ -111,29 +112,36 @@ def conv2d(
     Reference: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016,
     arXiv:1603.07285.
     """
-    check_tensor("input", input, rank=4)
-    if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
-        input, weight, bias, residual = autocast(input.device.type, (input, weight, bias, residual))
-    stride, dilation, groups = pair("stride", stride), pair("dilation", dilation), integer("groups", groups)
-    check_tensor("weight", weight, rank=4, like=input)
-    padding = padding_sides(padding, weight.shape[2:], stride, dilation)
-    geometry = (stride, padding, dilation, groups)
-    _check(input, weight, bias, residual, *geometry, activation)
-    backend = choose(backend, algorithm, input, weight, *geometry)
+    tensors = (input, weight, bias, residual)
+    key = _plans.key_of("conv2d", tensors, stride, padding, dilation, groups, activation, backend, algorithm)
+    plan = _plans.find(key)
+    if plan is None:
+        check_tensor("input", input, rank=4)
+        if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
+            input, weight, bias, residual = autocast(input.device.type, tensors)
+        stride, dilation = pair("stride", stride), pair("dilation", dilation)
+        groups = integer("groups", groups)
+        check_tensor("weight", weight, rank=4, like=input)
+        padding = padding_sides(padding, weight.shape[2:], stride, dilation)
+        geometry = (stride, padding, dilation, groups)
+        _check(input, weight, bias, residual, *geometry, activation)
+        backend = choose(backend, algorithm, input, weight, *geometry)
+        chosen = algorithm
+        if backend == "cpu" and algorithm is None:
+            chosen = default_algorithm(input, weight, *geometry)
+            algorithm = named(chosen)
+        plan = _plans.keep(key, (backend, algorithm, chosen, geometry))
+    backend, algorithm, chosen, geometry = plan
     if backend == "aten":
         return _aten(input, weight, bias, residual, *geometry, activation, algorithm)
     if backend == "reference":
-        top, bottom, left, right = padding
+        stride, (top, bottom, left, right), dilation, groups = geometry
         padded = torch.nn.functional.pad(input, (left, right, top, bottom))
         output = conv2d_reference(
             padded, weight, bias, stride, 0, dilation, groups, activation=activation, residual=residual
         )
         return as_memory_format(output, memory_format_of(input))
-    packed = None
-    if backend == "cpu":
-        chosen = algorithm or default_algorithm(input, weight, *geometry)
-        packed = packed_weight("conv2d", weight, groups, chosen)
-        algorithm = algorithm or named(chosen)
+    packed = packed_weight("conv2d", weight, geometry[-1], chosen) if backend == "cpu" else None
     return forward_operator(backend, input, weight, bias, residual, packed, *geometry, activation, algorithm)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..backends import Choice
-from . import _convolution
+from . import _convolution, _plans
 from ._arguments import check_integers, check_tensor, integer, pair
 from ._conv2d_choice import CPU_ALGORITHMS, CUDA_ALGORITHMS, DEFAULT, fastest, named, prefer
 from ._convolution import (
@@ -111,15 +111,30 @@ def conv_transpose2d(
     Reference: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016,
     arXiv:1603.07285.
     """
-    check_tensor("input", input, rank=4)
-    if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = autocast(input.device.type, (input, weight, bias))
-    check_tensor("weight", weight, rank=4, like=input)
-    stride, dilation, groups = pair("stride", stride), pair("dilation", dilation), integer("groups", groups)
-    padding, output_padding = pair("padding", padding, 0), pair("output_padding", output_padding, 0)
-    geometry = (stride, padding, output_padding, dilation, groups)
-    _check(input, weight, bias, *geometry)
-    backend = choose(backend, algorithm, input, weight, *geometry)
+    tensors = (input, weight, bias)
+    key = _plans.key_of(
+        *("conv_transpose2d", tensors, stride, padding, output_padding, groups, dilation),
+        *(backend, algorithm),
+    )
+    plan = _plans.find(key)
+    if plan is None:
+        check_tensor("input", input, rank=4)
+        if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
+            input, weight, bias = autocast(input.device.type, tensors)
+        check_tensor("weight", weight, rank=4, like=input)
+        stride, dilation = pair("stride", stride), pair("dilation", dilation)
+        groups = integer("groups", groups)
+        padding, output_padding = pair("padding", padding, 0), pair("output_padding", output_padding, 0)
+        geometry = (stride, padding, output_padding, dilation, groups)
+        _check(input, weight, bias, *geometry)
+        backend = choose(backend, algorithm, input, weight, *geometry)
+        chosen = algorithm
+        if backend == "cpu" and algorithm is None:
+            chosen = default_algorithm(input, weight, *geometry)
+            algorithm = named(chosen)
+        plan = _plans.keep(key, (backend, algorithm, chosen, geometry))
+    backend, algorithm, chosen, geometry = plan
+    stride, padding, output_padding, dilation, groups = geometry
     if backend == "aten":
         if memory_format_of(input) == torch.contiguous_format:  # or the output would be as the weight
             weight = weight.contiguous()
@@ -133,9 +148,7 @@ def conv_transpose2d(
         return as_memory_format(output, memory_format_of(input))
     packed = None
     if backend == "cpu":
-        chosen = algorithm or default_algorithm(input, weight, *geometry)
         packed = packed_weight("conv_transpose2d", weight, stride, padding, dilation, groups, chosen)
-        algorithm = algorithm or named(chosen)
     return forward_operator(backend, input, weight, bias, packed, *geometry, algorithm)
 
 
