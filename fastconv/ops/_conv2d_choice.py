@@ -23,7 +23,7 @@ DEFAULT = CPU_ALGORITHMS[0]
 _LEAST, _LEAST_CHANNELS_LAST = 1 << 20, 1 << 22
 
 # Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels.
-_TRAINING_PIXELS = 128
+_TRAINING_PIXELS = 512
 
 
 def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> str | None:
@@ -36,33 +36,42 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
     host = _library.host()
     if host is None or host.cpu_capability() == "portable":
         return None
-    dtype, taps = weight.dtype, weight.shape[2] * weight.shape[3]
+    taps, plane = weight.shape[2] * weight.shape[3], input.shape[2] * input.shape[3]
     channels_last = memory_format_of(input) == torch.channels_last
+    training = weight.requires_grad and torch.is_grad_enabled()
     if pixels * weight.shape[0] * source * taps < (_LEAST_CHANNELS_LAST if channels_last else _LEAST):
         return None
-    others = dtype not in (torch.float32, torch.bfloat16)  # of these PyTorch has no fast kernels
+    rival = weight.dtype in (torch.float32, torch.bfloat16)  # for others PyTorch has no fast kernels
     if groups > 1 and source <= _convolution.NARROW and target <= _convolution.NARROW:
         narrow = source <= 8 and target <= 8 and (channels_last or pixels >= 2048)
-        return "grouped" if narrow or others else None
+        return "grouped" if narrow or not rival else None
     if (
         get_precision() == "fast"
-        and dtype != torch.float64
+        and weight.dtype != torch.float64
         and (weight.shape[2], weight.shape[3]) == (3, 3)
         and tuple(stride) == tuple(dilation) == (1, 1)
         and source >= 16
         and target >= 16
-        and (pixels >= _TRAINING_PIXELS or not (weight.requires_grad and torch.is_grad_enabled()))
+        and (pixels >= _TRAINING_PIXELS or not training)
     ):
         return "winograd_f4"
-    plane = input.shape[2] * input.shape[3]
-    if not others:
-        if taps > 1 and source * taps < 64:
-            return None
-        if channels_last and (target < 16 or (taps == 1 and source < 1024 and plane > 100)):
-            return None
-        if not channels_last and (dtype == torch.bfloat16 or (taps == 1 and plane < 784)):
-            return None
-    return "im2col" if not channels_last and (taps == 1 or target < 32 or source < 16) else "direct"
+    lanes_are_pixels = not channels_last and (taps == 1 or target < 32 or source < 16)
+    algorithm = "im2col" if lanes_are_pixels else "direct"
+    if not rival:
+        return algorithm
+    if taps > 1:
+        wins = source * taps >= 64
+    elif channels_last:
+        wins = source >= 1024 or plane <= 100
+    else:
+        wins = plane >= (3136 if training else 784)
+    if channels_last:
+        wins = wins and target >= 16
+    else:
+        wins = wins and weight.dtype != torch.bfloat16
+    if training and algorithm == "direct":
+        wins = False  # packing in each call takes what the kernel gains
+    return algorithm if wins else None
 
 
 def prefer(cpu_algorithm: str | None, input: torch.Tensor) -> tuple[str, ...]:
