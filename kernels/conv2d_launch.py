@@ -2,7 +2,7 @@
 
 Tile sizes are closed forms of the shape and the type: a first call compiles, and searches nothing. They are
 chosen for sm_90: 128 x 128 sums in eight warps keep its tensor cores busy, with three steps of operands in
-shared memory (96 KiB, so two programs a multiprocessor); smaller where there would be too few programs.
+shared memory (96 KiB); smaller where there would be too few programs.
 
 A launcher passes its kernel in, so that what stands in for the kernel in its module is what is launched.
 """
