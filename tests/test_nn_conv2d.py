@@ -161,8 +161,11 @@ def test_kernel_says_what_runs():
         assert kind(4, 6, 3, backend="reference", device=DEVICE).kernel(x) == ("reference", None)
         for backend in KERNELS:
             for algorithm in CHOICES[kind.op].algorithms[backend]:
-                layer = kind(4, 6, 1, backend=backend, algorithm=algorithm, device=DEVICE)
-                assert layer.kernel(x) == (backend, algorithm)
+                size = 1 if algorithm == "pointwise" else 3
+                dtype = torch.float16 if algorithm == "implicit_gemm" else torch.float32
+                named = {"backend": backend, "algorithm": algorithm, "device": DEVICE, "dtype": dtype}
+                layer = kind(8, 8, size, **named)
+                assert layer.kernel(image(8, dtype)) == (backend, algorithm)
             assert kind(4, 6, 3, backend=backend, device=DEVICE).kernel(x)[0] == backend
     assert Conv2d(4, 6, 3, backend="aten", device=DEVICE).kernel(x) == ("aten", "convolution")
     assert ConvTranspose2d(4, 6, 3, backend="aten", device=DEVICE).kernel(x, [11, 10]) == ("aten", None)

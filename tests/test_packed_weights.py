@@ -47,8 +47,9 @@ def packs(monkeypatch):
     return seen
 
 
-def make(op="conv2d", algorithm=None, filters=8, dtype=None):
-    return LAYERS[op](4, filters, 3, 2, 1, bias=False, backend="cpu", algorithm=algorithm, dtype=dtype)
+def make(op="conv2d", algorithm="direct", filters=8, dtype=None):
+    stride = 1 if algorithm.startswith("winograd") else 2
+    return LAYERS[op](4, filters, 3, stride, 1, bias=False, backend="cpu", algorithm=algorithm, dtype=dtype)
 
 
 def image(dtype=None):
