@@ -6,7 +6,7 @@
 //   in registers.
 // Bytes: the input and the output once, the packed weights (T^2 / 9 times the filters) once for each block.
 // Against direct: 9 M^2 / T^2 = 2.25, 4, 5.06 times fewer multiplications, more rounding.
-// Limits: few channels, images not much larger than a tile, weights beyond the caches.
+// Limits: less than a vector of channels, images not much larger than a tile, weights beyond the caches.
 #include "conv2d_winograd_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {

@@ -1,12 +1,12 @@
 // Convolution, C++, Winograd F(M x M, 3 x 3): what forward, the transposed convolution and grad_weight share.
 //
-// A tile of M x M outputs is the product of two polynomials, taken at T = M + 2 points in each direction: T^2
+// A tile of M x M outputs comes from values of polynomials at T = M + 2 points in each direction: T^2
 // multiplications in place of 9 M^2. With d a tile of T x T inputs, g a filter and y the outputs,
 //   y = Output^T [ (Filter g Filter^T) * (Input d Input^T) ] Output,   * by elements.
 // Row i of each matrix belongs to a point p: Output has the powers of p, Filter the same divided by
 //   N = product of (p - q) over the other points q, Input the coefficients of product of (x - q); the last
 //   row is the point at infinity. Points come in pairs p, -p whose rows share their even and odd parts.
-// F2: 0, 1, -1. F4: 0, +-5/8, +-3/2: half the rounding error of the usual 0, +-1, +-2, and every coefficient
+// F2: 0, 1, -1. F4: 0, +-5/8, +-3/2: less than half the error of the usual 0, +-1, +-2, and every coefficient
 //   of Input and Output is exact. F6: 0, +-1/2, +-1, +-2, the best found. Measured: docs/conv2d.md.
 #pragma once
 
