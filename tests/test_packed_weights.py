@@ -115,11 +115,23 @@ def test_other_backends_keep_nothing():
 
 
 def _step(optimizer, **options):
+    """Of one value alone, which is no sample."""
+
     def change(layer):
-        layer.weight.grad = torch.ones_like(layer.weight)
-        getattr(torch.optim, optimizer)([layer.weight], lr=0.1, **options).step()
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        layer.weight.grad.view(-1)[1] = 1
+        optimizer([layer.weight], lr=0.1, **options).step()
 
     return change
+
+
+class _ByPointer(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self):
+        for weight in self.param_groups[0]["params"]:
+            weight.data.sub_(weight.grad)
 
 
 @torch.no_grad()
@@ -144,14 +156,15 @@ def _by_numpy(layer):
     layer.weight.detach().numpy()[:] *= 2
 
 
-def _same_samples_elsewhere(layer):
-    (kept,) = store._kept.values()
+def _but_one_value(layer):
+    """The weight with another value that is no sample."""
     other = layer.weight.data.clone()
     other.view(-1)[1] += 1
-    count, step = other.numel(), kept.samples.strides[0] // other.element_size()
-    assert 1 % step, "the value that changes must not be a sample"
-    assert kept.samples.shape[0] == -(-count // step) >= store.SAMPLES
-    layer.weight.data = other
+    return other
+
+
+def _same_samples_elsewhere(layer):
+    layer.weight.data = _but_one_value(layer)
 
 
 def _transposed_in_place(layer):
@@ -174,13 +187,22 @@ def _new_parameter(layer):
     layer.weight = nn.Parameter(torch.randn(layer.weight.shape))
 
 
-@torch.no_grad()
-def _memory_given_back(layer):
-    storage, values = layer.weight.untyped_storage(), torch.randn(layer.weight.shape)
+def _moved_in_its_storage(layer):
+    """To another address: nothing else tells."""
+    values, storage = _but_one_value(layer), layer.weight.untyped_storage()
     size = storage.nbytes()
     storage.resize_(0)
+    there = torch.empty(layer.weight.shape)  # most likely
     storage.resize_(size)
-    layer.weight.copy_(values)
+    layer.weight.data.copy_(values)
+    del there
+
+
+def _its_address_reused(layer):
+    """By another storage, while its own lives on, empty: nothing else tells, if the address is the same."""
+    values, layer.storage = _but_one_value(layer), layer.weight.untyped_storage()
+    layer.storage.resize_(0)
+    layer.weight.data = torch.empty(layer.weight.shape).copy_(values)
 
 
 def _shared(layer):
@@ -189,9 +211,12 @@ def _shared(layer):
 
 
 CHANGES = {
-    "sgd": _step("SGD"),
-    "sgd, a loop": _step("SGD", foreach=False),
-    "adam, fused": _step("Adam", fused=True),
+    **{
+        f"{name}, {how}": _step(getattr(torch.optim, name), **{how: True})
+        for name in ("SGD", "Adam", "AdamW", "Adagrad")
+        for how in ("foreach", "fused")
+    },
+    "an optimizer of another library": _step(_ByPointer),
     "one value": _one_value,
     "one value in inference mode": _in_inference_mode,
     "initialised": lambda layer: layer.reset_parameters(),
@@ -206,23 +231,24 @@ CHANGES = {
     "state_dict": _load(),
     "state_dict, assigned": _load(assign=True),
     "new parameter": _new_parameter,
-    "memory given back": _memory_given_back,
+    "moved in its storage": _moved_in_its_storage,
+    "its address reused": _its_address_reused,
     "shared memory": _shared,
-    "state_dict of a copy": lambda layer: layer.load_state_dict(make(layer.op, filters=16).state_dict()),
+    "state_dict of a copy": lambda layer: layer.load_state_dict(make(layer.op, filters=32).state_dict()),
 }
 
 
 @pytest.mark.parametrize("op", LAYERS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_never_stale(packs, op, change):
-    layer, x = make(op, filters=16), image()
+    layer, x = make(op, filters=32), image()
     before = infer(layer, x).clone()
     for _ in range(2):
+        for kept in store._kept.values():
+            assert kept.samples.strides[0] > layer.weight.element_size(), "value 1 must not be a sample"
         CHANGES[change](layer)
         assert torch.equal(infer(layer, x), fresh(layer, x))
         assert consistent()
-        if change == "other data, same samples":
-            break
     assert len(packs) >= 2
     if change != "data transposed":  # and back
         assert not torch.equal(infer(layer, x), before)
@@ -274,6 +300,14 @@ def test_conversions_and_resizing(packs):
         weight.resize_(shape).normal_()
         expected = fastconv.conv2d(x, weight.clone().requires_grad_(), backend="cpu")
         assert torch.equal(fastconv.conv2d(x, weight, backend="cpu"), expected)
+
+
+def test_fewer_filters_of_the_same_memory():
+    layer, x = make(filters=32), image()
+    for filters in (16, 32, 8):
+        infer(layer, x)
+        layer.weight.data = torch.as_strided(layer.weight.data, (filters, 4, 3, 3), (36, 9, 3, 1))
+        assert torch.equal(infer(layer, x), fresh(layer, x))
 
 
 def test_training_and_inference_by_turns():
@@ -416,6 +450,15 @@ def test_dropped_with_the_parameter():
     assert not store._kept and store._total == 0
 
 
+def test_dropped_with_the_parameter_though_its_memory_lives():
+    layer, x = make(), image()
+    infer(layer, x)
+    alias = layer.weight.detach()
+    del layer
+    gc.collect()
+    assert not store._kept and store._total == 0 and alias.numel()
+
+
 def test_dropped_with_the_parameters_memory():
     layer, x = make(), image()
     infer(layer, x)
@@ -424,6 +467,16 @@ def test_dropped_with_the_parameters_memory():
     infer(layer, x)
     layer.bfloat16()
     assert not store._kept and store._total == 0
+
+
+def test_a_step_drops_the_optimizers_own():
+    layers, x = [make(op) for op in LAYERS], image()
+    for layer in layers:
+        infer(layer, x)
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    torch.optim.SGD(layers[0].parameters(), fused=True).step()
+    ((key, kept),) = store._kept.items()
+    assert kept.weight() is layers[1].weight and key[1] == "conv_transpose2d" and consistent()
 
 
 def test_dropped_in_the_midst_of_a_collection():

@@ -4,14 +4,14 @@ A C++ convolution reads its weights in an order of its own. In inference that or
 weight and kept, up to a number of bytes for all of them; what was used least recently goes first. In training
 it is made in each call, and nothing is kept.
 
-What is kept goes when the weight's tensor or its memory does. It is used only while the weight is the same
-tensor in the same memory, with the same shape, strides, dtype and version. PyTorch raises the version at
-every in-place operation: an optimizer's step, ``load_state_dict``, ``weight.mul_(2)`` under ``no_grad``. It
-does not at a write through ``weight.data``, numpy, DLPack or a raw pointer, or by another process. For these,
-at least ``SAMPLES`` evenly spaced values are compared bit by bit. So a change is noticed if it is of every
-value, of a run of values in memory as long as 1/``SAMPLES`` of the weight, or, in a contiguous weight of up
-to 8x8 taps, of one tap in all filters. A change of fewer values may not be: :func:`clear_packed_weights` has
-to be called.
+What is kept goes when the weight's tensor or its memory does, or when a ``torch.optim.Optimizer`` that holds
+the weight has stepped. It is used only while the weight is the same tensor in the same memory, with the same
+shape, strides, dtype and version. PyTorch raises the version at every in-place operation, such as
+``load_state_dict``, or ``weight.mul_(2)`` under ``no_grad``. It does not at a write through ``weight.data``,
+numpy, DLPack or a raw pointer, or by another process. For these, at least ``SAMPLES`` evenly spaced values
+are compared bit by bit. So a change is noticed if it is of every value, of a run of values in memory as long
+as 1/``SAMPLES`` of the weight, or, in a contiguous weight of up to 8x8 taps, of one tap in all filters. A
+change of fewer values may not be: :func:`clear_packed_weights` has to be called.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import weakref
 from collections import OrderedDict
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._arguments import integer
 
@@ -49,7 +50,7 @@ class _Kept:
 
     def __init__(self, key: tuple, weight: torch.Tensor) -> None:
         self.weight = weakref.ref(weight, lambda _: _forget(key))
-        # Not its address alone, which the next tensor may get.
+        # Not its address alone, which the next one may get.
         self.storage = weakref.ref(weight.untyped_storage(), lambda _: _forget(key))
         self.version = weight._version
         self.pointer = weight.data_ptr()
@@ -142,6 +143,18 @@ def _forget(key: tuple) -> None:
         kept = _kept.pop(key, None)
         size = 0 if kept is None else kept.packed.nbytes
         _total -= size
+
+
+def _forget_stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]} if _kept else ()
+    with _lock:
+        for key in list(_kept):
+            if key[0] in stepped:
+                _forget(key)
+
+
+# Fused optimizers, and those of other libraries, write to weights without raising their versions.
+register_optimizer_step_post_hook(_forget_stepped)
 
 
 def _evict(limit: int) -> None:
