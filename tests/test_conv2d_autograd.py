@@ -218,7 +218,7 @@ def test_compile_makes_the_choice(case, fresh_compiler):
     assert counter.frame_count == 1
 
 
-SLOW = Convolution((1, 1, 3, 2), 2, (3, 2), padding=1)
+SLOW = Convolution((1, 1, 2, 2), 1, (2, 1))
 SAMPLES = [
     *((layout, 2) for layout in (*DENSE, "channels_last_channel_slice", "stepped")),
     ("contiguous", 0),

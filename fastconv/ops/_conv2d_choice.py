@@ -22,6 +22,9 @@ DEFAULT = CPU_ALGORITHMS[0]
 # Multiply-adds from which on a call is worth the microseconds that it takes before it computes.
 _LEAST, _LEAST_CHANNELS_LAST = 1 << 20, 1 << 22
 
+# A constant, for torch.compile to trace.
+_WIDE_VECTORS = (host := _library.host()) is not None and host.cpu_capability() != "portable"
+
 # Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels.
 _TRAINING_PIXELS = 512
 
@@ -33,8 +36,7 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
         source, target: channels of a group that the pass reads, and that it writes.
         pixels: of all images, on the side of the convolution's output.
     """
-    host = _library.host()
-    if host is None or host.cpu_capability() == "portable":
+    if not _WIDE_VECTORS:
         return None
     taps, plane = weight.shape[2] * weight.shape[3], input.shape[2] * input.shape[3]
     channels_last = memory_format_of(input) == torch.channels_last
