@@ -158,7 +158,9 @@ class BuildNative(build_ext):
         kernels, emulator = [], []
         for source in [ROOT / "csrc/common/cpu.cpp", *(op / f"{op.name}.cpp" for op in operators)]:
             kernels.append(compile(f"{cxx} {COMMON} {torch_flags} {with_cuda}", source))
-        for source in sorted(ROOT.glob("csrc/*/*_cpu.cpp")):
+        # The linker keeps the first of an inline function's copies: the plainest comes first.
+        sources = sorted(ROOT.glob("csrc/*/*_cpu.cpp"), key=lambda p: (p.stem.endswith("_bf16_cpu"), p))
+        for source in sources:
             if source.stem.endswith("_bf16_cpu"):
                 wanted = {"avx512_bf16": BF16_FLAGS} if x86 else {}
             else:

@@ -50,7 +50,7 @@ def conv2d_forward_triton(
     weight: torch.Tensor,  # (M, C / G, KH, KW)
     bias: torch.Tensor | None,  # (M,)
     residual: torch.Tensor | None,  # (N, M, E, F)
-    packed: torch.Tensor | None,  # ignored: the kernels read the weight itself
+    packed: torch.Tensor | None,  # None: the kernels read the weight itself
     stride: Sequence[int],
     padding: Sequence[int],  # top, bottom, left, right
     dilation: Sequence[int],

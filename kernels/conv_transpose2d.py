@@ -25,7 +25,7 @@ def conv_transpose2d_forward_triton(
     input: torch.Tensor,  # (N, M, E, F)
     weight: torch.Tensor,  # (M, C / G, KH, KW)
     bias: torch.Tensor | None,  # (C,)
-    packed: torch.Tensor | None,  # ignored: the kernels read the weight itself
+    packed: torch.Tensor | None,  # None: the kernels read the weight itself
     stride: Sequence[int],
     padding: Sequence[int],  # height, width
     output_padding: Sequence[int],  # height, width

@@ -16,7 +16,6 @@ from convolutions import (
     cached_problem,
     check,
     check_not_finite,
-    compare,
     dtype_for,
     each,
     leaves_of,
@@ -27,7 +26,7 @@ from tolerances import assert_close
 from torch._subclasses import FakeTensorMode
 
 import fastconv
-from fastconv.ops import _conv2d_choice, conv2d
+from fastconv import _library
 from fastconv.ops._activation import ACTIVATIONS
 from fastconv.ops._arguments import DTYPES
 from fastconv.ops._operator import memory_format_of
@@ -385,38 +384,30 @@ def test_packed_weights(case, layout, run):
         assert torch.equal(convolve(packed), expected)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="of C++ kernels")
-def test_passes_may_run_on_different_kernels(monkeypatch):
-    asked = []
-
-    def passes(backend, algorithm, *arguments):
-        asked.append(algorithm)
-        return ("cpu", "plain"), ("cpu", None)
-
-    monkeypatch.setattr(conv2d, "pass_algorithms", passes)
-    for case in MIXED:
-        given = cached_problem(case, torch.float64)
-        leaves = leaves_of(case, given)
-        output = case.call(fastconv.conv2d, leaves, backend="cpu", algorithm="plain")
-        grads = torch.autograd.grad(output, leaves, given.grad_output)
-        compare(own[0], case, given, (output, *grads))
-    assert asked == ["plain"] * len(MIXED)
-
-
 def test_precision():
     assert fastconv.get_precision() == "fast"
     with pytest.raises(ValueError, match="precision must be one of .*'exact'.*, got 'best'"):
         fastconv.set_precision("best")
-    input, weight = torch.randn(2, 8, 9, 9), torch.randn(8, 8, 3, 3)
+    assert fastconv.get_precision() == "fast"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of C++ kernels")
+@pytest.mark.skipif(
+    _library.host() is None or _library.host().cpu_capability() == "portable",
+    reason="without vectors the choice is PyTorch's own",
+)
+def test_precision_decides_on_winograd():
+    input, weight = torch.randn(1, 32, 32, 32), torch.randn(32, 32, 3, 3)
+    exact = fastconv.conv2d(input, weight, padding=1, backend="cpu", algorithm="direct")
+    winograd = fastconv.conv2d(input, weight, padding=1, backend="cpu", algorithm="winograd_f4")
+    assert not torch.equal(exact, winograd)
+    assert torch.equal(fastconv.conv2d(input, weight, padding=1), winograd)
     try:
         fastconv.set_precision("exact")
-        assert fastconv.get_precision() == "exact"
-        for case in THREE_BY_THREE:
-            input, weight = case.empty(case.input), case.empty(case.weight)
-            chosen = _conv2d_choice.default_algorithm(input, weight, *case.geometry)
-            assert not chosen.startswith("winograd")
+        assert torch.equal(fastconv.conv2d(input, weight, padding=1), exact)
     finally:
         fastconv.set_precision("fast")
+    assert torch.equal(fastconv.conv2d(input, weight, padding=1), winograd)
 
 
 @st.composite

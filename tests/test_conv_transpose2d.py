@@ -448,10 +448,22 @@ def test_backend_that_cannot_run_says_why(backend):
 @pytest.mark.parametrize("backend", [b for b in ("cuda", "emulator") if b not in ELSEWHERE])
 def test_direct_refuses_what_does_not_fit_shared_memory(backend):
     """Left open, another kernel serves; asked for by name, none stands in silently."""
-    case = Case((1, 2, 2, 2), 2, (32, 32), stride=16, padding=8)
+    case = Case((1, 2, 2, 2), 2, (2, 2), stride=1, padding=128, dilation=256)
     given = problem(case, torch.float32)
     tensors = list(given.tensors.values())
     output = case.call(conv_transpose2d, tensors, backend=backend)
     assert_close(output, given.expected["output"], torch.float32, case.terms["output"])
     with pytest.raises(RuntimeError, match="algorithm='direct' does not serve"):
         case.call(conv_transpose2d, tensors, backend=backend, algorithm="direct")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a C++ kernel")
+@pytest.mark.parametrize("channels, kernel", [(2, 71), (8, 41), (128, 9)])
+def test_phases_whose_turns_of_channels_differ(channels, kernel):
+    """A panel of im2col holds as many lines as the phase that needs most, which is not that of most taps."""
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(1, channels, 8, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(channels, 1, kernel, kernel, generator=generator, dtype=torch.float64)
+    output = fastconv.conv_transpose2d(input, weight, stride=2, backend="cpu", algorithm="im2col")
+    expected = fastconv.conv_transpose2d_reference(input, weight, stride=2)
+    assert_close(output, expected, torch.float64, channels * (kernel // 2 + 1) ** 2)

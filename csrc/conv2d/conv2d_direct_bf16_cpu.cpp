@@ -1,10 +1,10 @@
 // Convolution, C++, direct, bfloat16: two channels in one step.
 //
-// The formula and the loops of conv2d_direct_cpu.cpp; VDPBF16PS multiplies a pair of channels of a pixel by a
-// pair of
-//   weights in each lane, and adds both products to a float32 sum.
-// Bytes: half of float32's. Against float32: half as many steps; subnormal values count as zero.
-// Compiled once, for the processors that have the instruction: multiplies_bfloat16().
+// Formula: conv2d.h. One step: VDPBF16PS multiplies a pair of channels of a pixel by a pair of weights in
+//   each lane and adds both products to a float32 sum; the loops are conv2d_direct_pass_cpu.h's.
+// Bytes: half of float32's. Against float32: half as many steps.
+// Limits: compiled once, for the processors that have the instruction (multiplies_bfloat16()), which counts
+//   subnormal values as zero; forward and transposed only.
 #include "conv2d_direct_pass_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {

@@ -1,14 +1,13 @@
 // Convolution, C++, direct: pixels against panels of filters.
 //
-// A block of 6 pixels x 64 filters (AVX-512) is summed in registers: for each tap and channel, one value of
-// each of the
-//   pixels meets 64 weights. Pixels are counted through rows and images, so no block is cut at the end of a
-//   row. A tap outside the image reads zeros from a line kept for that.
-// Bytes: the input comes from memory once for each chunk of pixels, the weights of a panel of 64 filters from
-// the L2
-//   cache once for each 6 pixels.
-// The taps of a row that lie side by side in memory are one run, so that few channels (a stem has 3) cost no
-// more. Limits: multiply-adds; few channels with groups, whose runs are short (see conv2d_grouped_cpu.cpp).
+// Formula: conv2d.h. One step: 6 pixels x 64 filters (AVX-512) in registers; for each tap and channel, one
+//   value of each of the pixels meets 64 weights. Pixels are counted through rows and images, so no block is
+//   cut at the end of a row; a tap outside the image reads zeros from a line kept for that. The taps of a
+//   row that lie side by side in memory are one run, so that few channels (a stem has 3) cost no more.
+// Bytes: the input from memory once for each chunk of pixels; the weights of a panel of 64 filters from the
+//   L2 cache once for each 6 pixels.
+// Against plain: sums stay in registers, and no test stands in the inner loop.
+// Limits: multiply-adds; few channels with groups, whose runs are short (see conv2d_grouped_cpu.cpp).
 #include "conv2d_direct_pass_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {

@@ -57,13 +57,8 @@ inline DirectPass direct_forward(const Conv2dShape& s) {
           false, s.channels_last};
 }
 inline DirectPass direct_transposed(const Conv2dShape& s) {
-  Conv2dShape all = s;  // so that packed weights have every phase, also those that a small image lacks
-  all.in_height = std::max(s.in_height, s.stride_height);
-  all.in_width = std::max(s.in_width, s.stride_width);
-  DirectPass pass{s,    grad_input_geometry(all), s.batch, s.groups, s.out_group(), s.in_group(), s.taps(),
-                  true, s.channels_last};
-  pass.geometry.out_height = s.in_height, pass.geometry.out_width = s.in_width;
-  return pass;
+  return {s,    transposed_geometry(s), s.batch, s.groups, s.out_group(), s.in_group(), s.taps(),
+          true, s.channels_last};
 }
 
 // Activations that are a lower bound: none, and relu.

@@ -1,15 +1,15 @@
 // Direct dense convolution by tiles; the transposed one too, phase by phase.
 //
-// Formula: conv2d.h, conv_transpose2d.h. One block: a rectangle of results of a phase, for a tile of a
-// group's
-//   filters. One thread: 8 adjacent columns of 4 filters, in registers.
-// The patch of the source that the rectangle reads lies in shared memory, some channels at a time, and every
-//   tap reads it there; 3 adjacent taps share the 10 values they read, in registers.
+// Formula: conv2d.h, conv_transpose2d.h.
+// One block: a rectangle of results of a phase, for a tile of a group's filters. One thread: 8 adjacent
+//   columns of 4 filters, in registers. The patch of the source that the rectangle reads lies in shared
+//   memory, some channels at a time, and every tap reads it there; 3 adjacent taps share the 10 values they
+//   read, in registers.
 // Bytes: source once for each tile of filters, and the halo; weights once for each rectangle; result once.
 // Before it: nothing; this is the first step of the ladder.
 // Limits: a halo of one channel that does not fit in shared memory is refused (dilation * (K - 1) beyond
-// about
-//   180); small images leave part of a rectangle idle; pixels that the stride steps over are loaded as well.
+//   about 180); small images leave part of a rectangle idle; pixels that the stride steps over are loaded as
+//   well.
 
 #include "conv2d_direct_cuda.h"
 

@@ -1,16 +1,14 @@
 // Gradient of a convolution's weight, C++, direct.
 //
-//   grad_weight[m, c, i, j] = sum over n, e, f of grad_output[n, m, e, f] * x[n, c, e * stride + i * dilation
-//   - padding, ...]
-// A block of 6 (taps of a row, channels) x 64 filters (AVX-512) is summed in registers over the pixels of
-// some rows: one
-//   value of x meets 64 of grad_output. Both come from scratch tiles, x with its padding: (rows, width,
+//   grad_weight[m, c, i, j] = sum over n, e, f of grad_output[n, m, e, f]
+//       * x[n, c, e * stride + i * dilation - padding, f * stride + j * dilation - padding]
+// One step: 6 (taps of a row, channels) x 64 filters (AVX-512) in registers over the pixels of some rows;
+//   one value of x meets 64 of grad_output. Both come from scratch tiles, x with its padding: (rows, width,
 //   channels) and (pixels, 64 filters), so layout, types and borders cost nothing in the inner step.
 // Bytes: the tiles are copied once for 64 filters and some rows of taps, and are read from the L2 cache.
 // Threads share no sums: an item is a slice of the batch's rows, 64 filters, and some rows of taps. Slices
-// are added up in
-//   their order, so the result has the same bits for any number of threads; their number depends on the
-//   shape.
+//   are added up in their order, so the result has the same bits for any number of threads; their number
+//   depends on the shape.
 // Limits: multiply-adds; images of a few pixels, whose sums are loaded and stored too often.
 #include <vector>
 

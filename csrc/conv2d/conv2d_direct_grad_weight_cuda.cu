@@ -1,13 +1,14 @@
 // grad_weight of direct dense convolution by tiles, in two stages and always in the same order.
 //
-// Formula: grad_weight[m, c, i, j] = sum over n, e, f of grad_output[n, m, e, f]
-//   * input[n, c, e * stride + i * dilation - padding, f * ...].
-// One block: 64 filters by 64 weights of each, for every slices-th rectangle of pixels. One thread: 8 filters
-//   by 4 weights, in registers. A rectangle's grad_output, and the patch of the input that the block's
-//   weights meet, lie in shared memory; every tap reads the patch there.
+// Formula: grad_weight[m, c, i, j] = sum over n, e, f of grad_output[n, m, e, f] * input[n, c, e * stride +
+//   i * dilation - padding, f * ...].
+// One block: 64 filters by 64 weights of each, for every slices-th rectangle of pixels. One thread: 8
+//   filters by 4 weights, in registers. A rectangle's grad_output, and the patch of the input that the
+//   block's weights meet, lie in shared memory; every tap reads the patch there.
 // Bytes: grad_output once for each tile of weights, input once for each tile of filters, and the partial
-// sums. Before it: nothing; this is the first step of the ladder. Limits: a halo of the channels of 64
-// weights that does not fit in shared memory is refused.
+//   sums.
+// Before it: nothing; this is the first step of the ladder.
+// Limits: a halo of the channels of 64 weights that does not fit in shared memory is refused.
 
 #include "conv2d_direct_cuda.h"
 

@@ -266,17 +266,6 @@ class Direct {
     }
   }
 
-  // Asks for the lines that the sums will be added to and stored in.
-  template <int R, int V>
-  void prefetch(const Pixels<R>& pixels, int64_t first) const {
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) {
-        const int64_t at = pixels.output[r] + first + v * L;
-        if (epilogue_.residual) __builtin_prefetch(epilogue_.residual + at);
-        prefetch_for_write(output_.data + at);
-      }
-  }
-
   // The usual case, straight from the registers; false, and nothing done, where there is more to do.
   template <int R, int V>
   inline __attribute__((always_inline)) bool store_in_place(const Pixels<R>& pixels, int64_t count,

@@ -1,10 +1,12 @@
 // The ends of dense convolution's grad_weight that its variants share: grad_bias, and the sum of the slices.
 //
-// Formula: grad_bias[m] = sum over n, e, f of grad_output[n, m, e, f]; then both gradients, slice 0 + 1 + ...
+// Formula: grad_bias[m] = sum over n, e, f of grad_output[n, m, e, f]; then both gradients, slice 0 + 1 +
+//   ...
 // One block: one slice of the batch's pixels for 32 channels (channels_last) or for one; in the second stage
 //   32 sums, eight threads each.
 // Bytes: grad_output once, and slices * (M * C/G * KH * KW + M) partial sums written and read.
-// Before it: grad_weight's own kernels. Limits: none; no atomics, so the bits are the same every time.
+// Before it: grad_weight's own kernels.
+// Limits: none; no atomics, so the bits are the same every time.
 
 #include "conv2d_cuda.h"
 

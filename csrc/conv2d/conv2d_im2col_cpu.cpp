@@ -1,13 +1,14 @@
 // Convolution, C++, im2col: contiguous images, a panel of columns at a time.
 //
-// The columns of 64 output pixels (AVX-512), one line for each channel and tap, are gathered into a panel in
-// the L2 cache;
-//   then a block of 6 filters x 64 pixels is summed in registers: one weight meets 64 pixels. The matrix of
-//   all columns, kernel_height * kernel_width times the image, is never in memory.
+// Formula: conv2d.h, as output (M, pixels) = weights (M, C/G * taps) * columns (C/G * taps, pixels).
+// One step: the columns of 64 output pixels (AVX-512), one line for each channel and tap, are gathered into
+//   a panel in the L2 cache; then 6 filters x 64 pixels are summed in registers: one weight meets 64 pixels.
+//   The matrix of all columns, kernel_height * kernel_width times the image, is never in memory.
 // Bytes: the input once for each tap, mostly from the L1 cache; the weights once for each panel.
 // Against direct: lanes are pixels, not filters, so that contiguous images are read and written without a
-// transpose. Limits: multiply-adds; few filters, for which gathering (a load and a store for each 16 values)
-// is not a trifle.
+//   transpose.
+// Limits: multiply-adds; few filters, for which gathering (a load and a store for each 16 values) is no
+//   trifle.
 #include "conv2d_im2col_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
@@ -47,13 +48,14 @@ class Im2col {
   int64_t items() const { return int64_t(panels_.size()) * pass_.groups * parts_; }
 
   void compute(int64_t begin, int64_t end) const {
-    int64_t most_taps = 1;
-    for (const Phase& phase : pass_.geometry.phases)
-      most_taps = std::max(most_taps, phase.taps_high * phase.taps_wide);
-    const int64_t most_channels = std::min(pass_.from_group, std::max<int64_t>(1, most_lines / most_taps));
-    const Scratch<A> columns(most_channels * most_taps * width + L);
-    const bool several = most_channels < pass_.from_group;
-    const Scratch<A> partial(several ? ceil_div(pass_.to_group, parts_) * width : 0);
+    int64_t lines = 1;
+    bool turns = false;
+    for (const Phase& phase : pass_.geometry.phases) {
+      lines = std::max(lines, channels_at_once(phase) * phase.taps_high * phase.taps_wide);
+      turns |= channels_at_once(phase) < pass_.from_group;
+    }
+    const Scratch<A> columns(lines * width + L);
+    const Scratch<A> partial(turns ? ceil_div(pass_.to_group, parts_) * width : 0);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item % parts_, group = item / parts_ % pass_.groups;
       const Panel& panel = panels_[item / parts_ / pass_.groups];
@@ -61,7 +63,7 @@ class Im2col {
           *panel.phase,   group,         pass_.to_group * part / parts_, pass_.to_group * (part + 1) / parts_,
           columns.data(), partial.data()};
       locate(worker, panel.first);
-      const int64_t channels = std::max<int64_t>(1, most_lines / std::max<int64_t>(1, worker.taps()));
+      const int64_t channels = channels_at_once(worker.phase);
       for (int64_t c = 0; c == 0 || c < pass_.from_group; c += channels) {
         const int64_t c_end = std::min(pass_.from_group, c + channels);
         gather(worker, c, c_end);
@@ -86,6 +88,12 @@ class Im2col {
   }
 
  private:
+  // Channels whose columns a panel holds; the others take their turns.
+  int64_t channels_at_once(const Phase& phase) const {
+    const int64_t taps = std::max<int64_t>(1, phase.taps_high * phase.taps_wide);
+    return std::clamp<int64_t>(most_lines / taps, 1, pass_.from_group);
+  }
+
   struct Panel {  // pixels [first, first + width) of a phase, counted through rows and images
     const Phase* phase;
     int64_t first;

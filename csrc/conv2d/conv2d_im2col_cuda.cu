@@ -3,11 +3,11 @@
 // Formula: result (pixels, filters) = columns (pixels, C/G * taps) * weights (C/G * taps, filters).
 // One block: 128 pixels by 64 filters (or 256 by 16). It builds 16 columns of its pixels and 16 rows of the
 //   weights in shared memory while it multiplies the 16 before. One thread: 8 pixels by 8 (or 4) filters.
-// Bytes: source once for each tap and tile of filters (from L1 and L2, mostly), weights once for each tile of
-//   pixels, result once; no column matrix in memory.
+// Bytes: source once for each tap and tile of filters (from L1 and L2, mostly), weights once for each tile
+//   of pixels, result once; no column matrix in memory.
 // Before it (direct): the unit was an image's rectangle and its patch. Here pixels are numbered through all
-//   images and (channel, tap) is one index, so small images, strides and dilations leave nothing idle, copies
-//   run beside the multiplications, and a value is fetched once for each tap that reads it.
+//   images and (channel, tap) is one index, so small images, strides and dilations leave nothing idle,
+//   copies run beside the multiplications, and a value is fetched once for each tap that reads it.
 // Limits: 2-byte values are copied one by one, and not asynchronously.
 
 #include "conv2d_im2col_cuda.h"

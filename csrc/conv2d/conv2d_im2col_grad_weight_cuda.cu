@@ -1,13 +1,12 @@
 // grad_weight of dense convolution as a matrix product, im2col panel by panel, in two stages.
 //
 // Formula: grad_weight (filters, C/G * taps) = grad_output^T (filters, pixels) * columns (pixels, C/G *
-// taps). One block: 64 filters by 128 columns (or 16 by 256) over one slice of the batch's pixels. It builds
-// 16 pixels
-//   of both matrices in shared memory while it multiplies the 16 before. One thread: 8 (or 4) filters by 8
-//   columns.
+//   taps).
+// One block: 64 filters by 128 columns (or 16 by 256) over one slice of the batch's pixels. It builds 16
+//   pixels of both matrices in shared memory while it multiplies the 16 before. One thread: 8 (or 4) filters
+//   by 8 columns.
 // Bytes: grad_output once for each tile of columns, input once for each tap and tile of filters (from L1 and
-// L2,
-//   mostly), and the partial sums.
+//   L2, mostly), and the partial sums.
 // Before it (direct): rectangles of one image at a time, and no copies beside the multiplications.
 // Limits: 2-byte values are copied one by one, and not asynchronously.
 

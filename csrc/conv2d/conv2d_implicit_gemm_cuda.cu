@@ -1,16 +1,17 @@
 // Dense convolution as a matrix product on the tensor cores (mma.sync m16n8k16); the transposed one too.
 //
 // Formula: result (pixels, filters) = sum over taps of source at the tap (pixels, C/G) * weight's tap (C/G,
-// M). One block: 128 pixels by 64 (or 32) filters; one warp: 64 (or 32) by 32, in fragments. A stage is one
-// tap of
-//   16 to 64 channels, copied two stages ahead; the weights of all taps of those channels come as they lie, a
-//   share with each stage. ldmatrix reads the pixels' fragments (one instruction for four of 16-bit pairs);
-//   weights of adjacent channels lie a filter's taps apart, so theirs are gathered value by value.
-// Bytes: source once for each tap and tile of filters (mostly from L2), weights once for each tile of pixels.
+//   M).
+// One block: 128 pixels by 64 (or 32) filters; one warp: 64 (or 32) by 32, in fragments. A stage is one tap
+//   of 16 to 64 channels, copied two stages ahead; the weights of all taps of those channels come as they
+//   lie, a share with each stage. ldmatrix reads the pixels' fragments (one instruction for four of 16-bit
+//   pairs); weights of adjacent channels lie a filter's taps apart, so theirs are gathered value by value.
+// Bytes: source once for each tap and tile of filters (mostly from L2), weights once for each tile of
+//   pixels.
 // Before it (im2col): multiplications one by one in float32, channels copied one by one.
-// Limits: float16, bfloat16; channels of a group and filters of a group multiples of 8; kernels whose weights
-//   of 16 channels do not fit in shared memory twice (beyond about 8 x 8 taps) are refused. Contiguous
-//   images, and data off a 16-byte boundary, are copied in pairs of values, not asynchronously.
+// Limits: float16, bfloat16; channels of a group and filters of a group multiples of 8; kernels whose
+//   weights of 16 channels do not fit in shared memory twice (beyond about 8 x 8 taps) are refused.
+//   Contiguous images, and data off a 16-byte boundary, are copied in pairs of values, not asynchronously.
 
 #include "conv2d_implicit_gemm_cuda.h"
 

@@ -1,10 +1,11 @@
 // grad_weight of dense convolution on the tensor cores (mma.sync m16n8k16), in two stages.
 //
 // Formula: grad_weight (filters, taps * C/G) = grad_output^T (filters, pixels) * columns (pixels, taps *
-// C/G). One block: 64 filters by 64 columns (8 units of 8 channels, each of a tap) over one slice of the
-// batch's
+//   C/G).
+// One block: 64 filters by 64 columns (8 units of 8 channels, each of a tap) over one slice of the batch's
 //   pixels; one warp: 32 by 32, in fragments. A stage is 32 pixels of both, copied a stage ahead. Both lie
-//   with their channels together and are multiplied along the pixels, so ldmatrix transposes them on the way.
+//   with their channels together and are multiplied along the pixels, so ldmatrix transposes them on the
+//   way.
 // Bytes: grad_output once for each tile of columns, input once for each tap and tile of filters (mostly from
 //   L2), and the partial sums.
 // Before it (im2col): multiplications one by one in float32, channels copied one by one.

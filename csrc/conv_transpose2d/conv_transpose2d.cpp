@@ -56,10 +56,7 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::opt
 #if !defined(FASTCONV_EMULATOR)
 Tensor pack_weight(Tensor weight, Integers stride, Integers padding, Integers dilation, int64_t groups,
                    std::string algorithm) {
-  Conv2dShape shape = make_shape_of_weight(weight, stride, padding, dilation, groups);
-  // As large as a stride, so that it holds every phase.
-  shape.in_height = stride[0];
-  shape.in_width = stride[1];
+  const Conv2dShape shape = make_shape_of_weight(weight, stride, padding, dilation, groups);
   Tensor packed;
   dispatch_dtype(weight, "weight", [&](auto element) {
     using T = decltype(element);

@@ -1,15 +1,13 @@
 // Transposed convolution, which is also the gradient of a convolution with respect to its input: the
-// plain-C++ signature of every kernel.
+//   plain-C++ signature of every kernel.
 //
-//   output[n, c, h, w] = bias[c] + sum over m, i, j with h = e * stride_height + i * dilation_height -
-//   padding_top,
-//                                                        w = f * stride_width  + j * dilation_width  -
-//                                                        padding_left
-//       of input[n, m, e, f] * weight[m, c, i, j].
+//   output[n, c, h, w] = bias[c] + sum over m, i, j of input[n, m, e, f] * weight[m, c, i, j],
+//       h = e * stride_height + i * dilation_height - padding_top,
+//       w = f * stride_width  + j * dilation_width  - padding_left
 //
 // `shape` is the convolution's whose input gradient this is: the kernel's input has the shape of the
-// convolution's output, (batch, out_channels, out_height, out_width), and its output that of the
-// convolution's input.
+//   convolution's output, (batch, out_channels, out_height, out_width), and its output that of the
+//   convolution's input.
 #pragma once
 
 #include "../conv2d/conv2d.h"

@@ -1,12 +1,13 @@
 // Transposed convolution, C++, direct: one dense convolution for each residue of the output modulo the
-// stride.
+//   stride.
 //
-// An output row h takes part in row e of the input by taps i with h = e * stride + i * dilation - padding:
-// rows of the
-//   same residue have the same taps. Each residue (a phase) is a convolution of stride 1 with its own few
-//   taps, so no zero is multiplied. csrc/conv2d/conv2d_direct_cpu.cpp computes the phases, as it computes a
-//   convolution.
-// Bytes: as there; the outputs of a phase lie `stride` pixels apart.
+// Formula: conv_transpose2d.h. An output row h takes part in row e of the input by taps i with h = e *
+//   stride + i * dilation - padding: rows of the same residue have the same taps. Each residue (a phase) is
+//   a convolution of stride 1 with its own few taps, so no zero is multiplied; conv2d_direct_pass_cpu.h
+//   computes it.
+// Bytes: as conv2d_direct_cpu.cpp; phases take turns on neighbouring pixels, so the input comes from memory
+//   once.
+// Limits: as there; a phase's few taps make short sums, and its outputs lie `stride` pixels apart.
 #include "../conv2d/conv2d_direct_cpu.h"
 #include "conv_transpose2d.h"
 

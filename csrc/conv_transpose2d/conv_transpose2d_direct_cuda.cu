@@ -1,10 +1,9 @@
 // Direct transposed convolution, which is also conv2d's grad_input.
 //
 // Formula: conv_transpose2d.h, by phases: the results whose row and column have one remainder modulo the
-// stride
-//   are a dense convolution with every (stride / gcd(stride, dilation))-th tap, so no multiplication meets a
-//   zero between pixels. All phases run in one launch; one block: a rectangle of results of a phase, in the
-//   kernel of conv2d_direct_cuda.cu.
+//   stride are a dense convolution with every (stride / gcd(stride, dilation))-th tap, so no multiplication
+//   meets a zero between pixels. All phases run in one launch; one block: a rectangle of results of a phase,
+//   in the kernel of conv2d_direct_cuda.cu.
 // Bytes: source once for each phase and tile of filters (from L2 after the first), result once.
 // Before it: nothing; this is the first step of the ladder.
 // Limits: as conv2d_direct_cuda.cu; a warp's contiguous results lie a stride apart.

@@ -16,17 +16,6 @@ GroupedChannels<accumulate_t<T>> channels_of(const Conv2dShape& s) {
   return {s.groups, s.out_group(), s.in_group()};
 }
 
-// All phases of the stride, also those that an image smaller than the stride has no pixel of: the packed
-// weights serve every image.
-Geometry all_phases(Conv2dShape s) {
-  const int64_t height = s.in_height, width = s.in_width;
-  s.in_height = std::max(height, s.stride_height);
-  s.in_width = std::max(width, s.stride_width);
-  Geometry g = grad_input_geometry(s);
-  g.out_height = height, g.out_width = width;
-  return g;
-}
-
 }  // namespace
 
 template <typename T>
@@ -42,14 +31,14 @@ void conv_transpose2d_grouped_pack_weight_cpu(const T* weight, accumulate_t<T>* 
   const auto weight_at = [&](int64_t c, int64_t m) {
     return weight + ((c / in_group * out_group + m) * in_group + c % in_group) * s.taps();
   };
-  pack_grouped<T>(channels_of<T>(s), all_phases(s), weight_at, packed, threads);
+  pack_grouped<T>(channels_of<T>(s), transposed_geometry(s), weight_at, packed, threads);
 }
 
 template <typename T>
 void conv_transpose2d_grouped_forward_cpu(const T* input, const accumulate_t<T>* packed, const T* bias,
                                           T* output, const Conv2dShape& s, ParallelFor threads) {
   GroupedConvolution<T>(input, packed, {bias, nullptr, Activation::none}, output, channels_of<T>(s), s.batch,
-                        s.channels_last, all_phases(s))
+                        s.channels_last, transposed_geometry(s))
       .run(threads);
 }
 

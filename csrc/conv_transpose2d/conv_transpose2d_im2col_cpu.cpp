@@ -1,9 +1,9 @@
 // Transposed convolution, C++, im2col: contiguous images, a panel of columns of each phase at a time.
 //
-// As direct: each residue of the output modulo the stride is a convolution of stride 1 with its own few taps,
-// which
-//   csrc/conv2d/conv2d_im2col_cpu.cpp computes.
-// Bytes: as there; the outputs of a phase lie `stride` pixels apart and are written one by one.
+// Formula: conv_transpose2d.h. As direct, each residue of the output modulo the stride is a convolution of
+//   stride 1 with its own few taps, which conv2d_im2col_cpu.cpp computes.
+// Bytes: as there.
+// Limits: as there; the outputs of a phase lie `stride` pixels apart and are written one by one.
 #include "../conv2d/conv2d_im2col_cpu.h"
 #include "conv_transpose2d.h"
 

@@ -1,13 +1,12 @@
 // Transposed convolution as a matrix product, im2col panel by panel; also conv2d's grad_input.
 //
 // Formula: conv_transpose2d.h, by phases (conv_transpose2d_direct_cuda.cu): for each, result (pixels,
-// channels)
-//   = columns (pixels, M/G * taps of the phase) * weights (M/G * taps of the phase, channels).
-// One block: 128 pixels of a phase by 64 channels (or 256 by 16), in the kernel of conv2d_im2col_cuda.cu; all
-//   phases in one launch.
+//   channels) = columns (pixels, M/G * taps of the phase) * weights (M/G * taps of the phase, channels).
+// One block: 128 pixels of a phase by 64 channels (or 256 by 16), in the kernel of conv2d_im2col_cuda.cu;
+//   all phases in one launch.
 // Bytes: source once for each tap and tile of channels (from L1 and L2, mostly), result once.
-// Before it (direct): as conv2d_im2col_cuda.cu. The other way of the textbook, columns first and then col2im,
-//   would have to add up overlapping results; by phases each result is one sum.
+// Before it (direct): as conv2d_im2col_cuda.cu. The other way of the textbook, columns first and then
+//   col2im, would have to add up overlapping results; by phases each result is one sum.
 // Limits: as conv2d_im2col_cuda.cu; a warp's contiguous results lie a stride apart.
 
 #include "../conv2d/conv2d_im2col_cuda.h"

@@ -1,10 +1,9 @@
 // Transposed convolution on the tensor cores (mma.sync m16n8k16); also conv2d's grad_input.
 //
 // Formula: conv_transpose2d.h, by phases (conv_transpose2d_direct_cuda.cu): for each, result (pixels,
-// channels)
-//   = sum over the phase's taps of source at the tap (pixels, M/G) * weight's tap (M/G, channels).
-// One block: 128 pixels of a phase by 64 (or 32) channels, in the kernel of conv2d_implicit_gemm_cuda.cu; all
-//   phases in one launch. The weights come as they lie, with the taps of the other phases.
+//   channels) = sum over the phase's taps of source at the tap (pixels, M/G) * weight's tap (M/G, channels).
+// One block: 128 pixels of a phase by 64 (or 32) channels, in the kernel of conv2d_implicit_gemm_cuda.cu;
+//   all phases in one launch. The weights come as they lie, with the taps of the other phases.
 // Bytes: source once for each tap of a phase and tile of channels (mostly from L2), result once.
 // Before it (im2col): multiplications one by one in float32, channels copied one by one.
 // Limits: as conv2d_implicit_gemm_cuda.cu; a warp's contiguous results lie a stride apart.

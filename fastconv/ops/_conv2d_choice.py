@@ -14,16 +14,22 @@ from ..precision import get_precision
 from . import _convolution
 from ._operator import memory_format_of
 
-# The first is what the operators run where no algorithm is named.
 CPU_ALGORITHMS = ("direct", "im2col", "winograd_f2", "winograd_f4", "winograd_f6", "grouped", "plain")
 CUDA_ALGORITHMS = ("implicit_gemm", "direct", "im2col")
-DEFAULT = CPU_ALGORITHMS[0]
 
 # Multiply-adds from which on a call is worth the microseconds that it takes before it computes.
 _LEAST, _LEAST_CHANNELS_LAST = 1 << 20, 1 << 22
 
-# A constant, for torch.compile to trace.
-_WIDE_VECTORS = (host := _library.host()) is not None and host.cpu_capability() != "portable"
+
+def _has_wide_vectors() -> bool:
+    host = _library.host()
+    try:
+        return host is not None and host.cpu_capability() != "portable"
+    except RuntimeError:  # FASTCONV_CPU_CAPABILITY names none; the kernels will say so
+        return True
+
+
+_WIDE_VECTORS = _has_wide_vectors()  # a constant, for torch.compile to trace
 
 # Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels.
 _TRAINING_PIXELS = 512
@@ -36,7 +42,7 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
         source, target: channels of a group that the pass reads, and that it writes.
         pixels: of all images, on the side of the convolution's output.
     """
-    if not _WIDE_VECTORS:
+    if not _WIDE_VECTORS or stride[0] * stride[1] > _convolution.MOST_PHASES:
         return None
     taps, plane = weight.shape[2] * weight.shape[3], input.shape[2] * input.shape[3]
     channels_last = memory_format_of(input) == torch.channels_last
@@ -76,20 +82,16 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
     return algorithm if wins else None
 
 
+def default_for(stride) -> str:
+    """The kernel for ``backend="cpu"`` where PyTorch's own would be faster."""
+    return "direct" if stride[0] * stride[1] <= _convolution.MOST_PHASES else "plain"
+
+
 def prefer(cpu_algorithm: str | None, input: torch.Tensor) -> tuple[str, ...]:
     """The backends for ``backend=None``, the best first."""
     if input.device.type == "cuda":
         return "aten", "cuda", "triton"  # until ours are measured on a GPU
     return ("aten", "cpu") if cpu_algorithm is None else ("cpu", "aten")
-
-
-def named(algorithm: str) -> str | None:
-    """An algorithm that a rule chose, as the operator's argument: with None, each pass has its own rule."""
-    return None if algorithm == DEFAULT else algorithm
-
-
-def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups) -> str | None:
-    return _convolution.why_not(backend, algorithm, input, weight, stride, padding, dilation, groups)
 
 
 def _cpu_algorithm(input, weight, stride, padding, dilation, groups) -> str | None:
@@ -113,21 +115,10 @@ choose = Choice(
         "reference": (),
     },
     prefer=_prefer,
-    why_not=why_not,
+    why_not=_convolution.why_not,
 )
 
 
 def default_algorithm(input, weight, stride, padding, dilation, groups) -> str:
     """The C++ kernel where a call names none."""
-    return _cpu_algorithm(input, weight, stride, padding, dilation, groups) or DEFAULT
-
-
-def pass_algorithms(
-    backend, algorithm, input, weight, stride, padding, dilation, groups
-) -> tuple[tuple[str, str | None], tuple[str, str | None]]:
-    """(backend, algorithm) of grad_input and of grad_weight, after a forward pass that ran on these."""
-    ours = backend, algorithm
-    top, bottom, left, right = padding
-    if ours == ("cpu", None) and weight.dtype == torch.bfloat16 and top == bottom and left == right:
-        return ours, ("aten", None)  # multiplies pairs of pixels; ours does not
-    return ours, ours
+    return _cpu_algorithm(input, weight, stride, padding, dilation, groups) or default_for(stride)

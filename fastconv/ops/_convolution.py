@@ -10,6 +10,7 @@ import torch
 from ._arguments import check_integers, check_tensor, integer
 from ._operator import autocast, library, memory_format_of
 
+MOST_PHASES = 4096  # each of which costs time and memory, even where the image has no pixel of it
 NARROW = 32  # channels of a group that algorithm="grouped" is made for
 
 
@@ -55,6 +56,12 @@ def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups
     kernel = f"a {weight.shape[2]}x{weight.shape[3]} weight"
     if algorithm == "im2col" and memory_format_of(input) != torch.contiguous_format:
         return "algorithm='im2col' needs a contiguous input, got a channels_last one"
+    phases = stride[0] * stride[1]
+    if phases > MOST_PHASES and backend == "cpu" and algorithm in ("direct", "im2col", "grouped"):
+        return (
+            f"algorithm={algorithm!r} splits the input's gradient into stride[0] * stride[1] phases, "
+            f"at most {MOST_PHASES}, got stride={tuple(stride)}"
+        )
     winograd = algorithm is not None and algorithm.startswith("winograd")
     if winograd and (*weight.shape[2:], *stride, *dilation) != (3, 3, 1, 1, 1, 1):
         return (

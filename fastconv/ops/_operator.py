@@ -121,7 +121,7 @@ class Operator:
         if (
             torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
-            or (torch.is_grad_enabled() and _any_requires_grad(arguments))
+            or _is_differentiated(arguments)
         ):
             return op(*arguments)
         with torch._C._AutoDispatchBelowAutograd():  # the way there takes as long as a small convolution
@@ -147,7 +147,7 @@ class Operator:
         front = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
 
         def differentiable(*arguments: Any) -> Any:
-            if not (torch.is_grad_enabled() and _any_requires_grad(arguments)):
+            if not _is_differentiated(arguments):
                 with torch._C._AutoDispatchBelowAutograd():
                     return op(*arguments)
             if not torch._C._are_functorch_transforms_active():
@@ -241,8 +241,18 @@ def map_one_by_one(op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any):
     return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
 
 
-def _any_requires_grad(arguments: Sequence[Any]) -> bool:
-    return any(isinstance(argument, torch.Tensor) and argument.requires_grad for argument in arguments)
+def _is_differentiated(arguments: Sequence[Any]) -> bool:
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    forward_ad = torch.autograd.forward_ad
+    if (
+        forward_ad._current_level >= 0
+        and torch._C._is_fwd_grad_enabled()
+        and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    ):
+        raise NotImplementedError(
+            "fastconv's kernels have no forward-mode derivatives: use reverse mode, or backend='aten'"
+        )
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _plain_call(op: Any) -> Callable[..., Any]:

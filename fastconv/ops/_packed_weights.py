@@ -114,6 +114,7 @@ def _can_be_kept(weight: torch.Tensor) -> bool:
         and weight.layout == torch.strided
         and not weight.is_inference()  # these have no version
         and not weight.is_neg()
+        and weight.data_ptr() != 0  # or its memory is not there
         and 0 < weight.numel() == 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride()))
         and not torch.is_autocast_enabled("cpu")  # the weight was made for this call
         # Module.to would refuse to swap a parameter to which there is a weak reference.

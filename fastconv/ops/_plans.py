@@ -42,25 +42,21 @@ def key_of(op: str, tensors: tuple[Any, ...], *arguments: Any) -> Hashable | Non
         return None
     weight = tensors[1]
     training = weight is not None and weight.requires_grad and torch.is_grad_enabled()
-    # 1 and 1.0 are the same key, but not the same argument.
-    types = tuple(map(type, arguments))
-    return op, *facts, training, arguments, types, backends._state.backend, get_precision()
+    for value in arguments:  # 1.0 is the same key as 1, and a tensor may change
+        for number in value if type(value) is tuple else (value,):
+            if not (number is None or type(number) in (int, str)):
+                return None
+    return op, *facts, training, arguments, backends._state.backend, get_precision()
 
 
 def find(key: Hashable | None) -> Any:
     """The plan of an earlier call with this key, or None."""
-    try:
-        return _plans.get(key)
-    except TypeError:  # a list among the arguments
-        return None
+    return None if key is None else _plans.get(key)
 
 
 def keep(key: Hashable | None, plan: Any) -> Any:
     if key is not None:
-        try:
-            if len(_plans) >= _MOST:
-                _plans.clear()
-            _plans[key] = plan
-        except TypeError:
-            pass
+        if len(_plans) >= _MOST:
+            _plans.clear()
+        _plans[key] = plan
     return plan

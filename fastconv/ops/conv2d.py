@@ -10,7 +10,7 @@ import torch
 from . import _plans
 from ._activation import FROM_OUTPUT, activate, activation_backward, check_activation
 from ._arguments import check_tensor, integer, output_size, padding_sides, pair
-from ._conv2d_choice import choose, default_algorithm, named, pass_algorithms, why_not
+from ._conv2d_choice import choose, default_algorithm
 from ._convolution import (
     autocast_but,
     check_bias,
@@ -19,6 +19,7 @@ from ._convolution import (
     check_operands,
     define_pack_weight,
     serves,
+    why_not,
 )
 from ._operator import (
     Operator,
@@ -98,9 +99,13 @@ def conv2d(
         activation: None, ``"relu"``, ``"relu6"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
         residual: what is added before the activation, in the shape of the output, or None.
         backend: see :mod:`fastconv.backends`; None takes the measured best.
-        algorithm: a kernel of the backend. On the CPU ``"direct"``, ``"im2col"`` (contiguous inputs) or
-            ``"plain"``; in Triton ``"implicit_gemm"`` or ``"pointwise"`` (1x1, stride 1, no padding); of
-            ``"aten"`` ``"convolution"`` or ``"unfold"`` (a product of matrices by BLAS).
+        algorithm: a kernel of the backend; None takes the fastest, Winograd's too unless
+            :func:`fastconv.set_precision` says ``"exact"``. On the CPU ``"direct"``, ``"im2col"``
+            (contiguous inputs), ``"winograd_f2"``, ``"winograd_f4"``, ``"winograd_f6"`` (3x3, stride and
+            dilation 1), ``"grouped"`` (at most 32 channels in a group) or ``"plain"``; in CUDA
+            ``"implicit_gemm"`` (float16, bfloat16), ``"direct"`` or ``"im2col"``; in Triton
+            ``"implicit_gemm"`` or ``"pointwise"`` (1x1, stride 1, no padding); of ``"aten"``
+            ``"convolution"`` or ``"unfold"`` (a product of matrices by BLAS).
 
     Returns:
         ``(N, M, E, F)``, ``E = floor((H + padding - dilation*(KH-1) - 1) / stride) + 1``.
@@ -126,12 +131,10 @@ def conv2d(
         geometry = (stride, padding, dilation, groups)
         _check(input, weight, bias, residual, *geometry, activation)
         backend = choose(backend, algorithm, input, weight, *geometry)
-        chosen = algorithm
         if backend == "cpu" and algorithm is None:
-            chosen = default_algorithm(input, weight, *geometry)
-            algorithm = named(chosen)
-        plan = _plans.keep(key, (backend, algorithm, chosen, geometry))
-    backend, algorithm, chosen, geometry = plan
+            algorithm = default_algorithm(input, weight, *geometry)
+        plan = _plans.keep(key, (backend, algorithm, geometry))
+    backend, algorithm, geometry = plan
     if backend == "aten":
         return _aten(input, weight, bias, residual, *geometry, activation, algorithm)
     if backend == "reference":
@@ -141,7 +144,7 @@ def conv2d(
             padded, weight, bias, stride, 0, dilation, groups, activation=activation, residual=residual
         )
         return as_memory_format(output, memory_format_of(input))
-    packed = packed_weight("conv2d", weight, geometry[-1], chosen) if backend == "cpu" else None
+    packed = packed_weight("conv2d", weight, geometry[-1], algorithm) if backend == "cpu" else None
     return forward_operator(backend, input, weight, bias, residual, packed, *geometry, activation, algorithm)
 
 
@@ -254,36 +257,17 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
         need_bias = False
     else:
         grad_bias = None
-    for_input, for_weight = pass_algorithms(ctx.backend, ctx.algorithm, input, weight, *ctx.geometry)
-    arguments = (grad, input, weight, *ctx.geometry)
-    if for_input == for_weight:
-        grads = _gradients(for_input, arguments, need[0], need[1], need_bias)
-    else:
-        grads = (
-            _gradients(for_input, arguments, need[0], False, False)[0],
-            *_gradients(for_weight, arguments, False, need[1], need_bias)[1:],
-        )
+    grads = (None, None, None)
+    if need[0] or need[1]:
+        arguments = (grad, input, weight, *ctx.geometry, ctx.algorithm)
+        found = backward_operator(ctx.backend, *arguments, need[0], need[1], need_bias)
+        grads = tuple(g if n else None for g, n in zip(found, (need[0], need[1], need_bias)))
     return (
         *grads[:2],
         grads[2] if grad_bias is None else grad_bias,
         grad if ctx.has_residual and need[3] else None,
         *[None] * 7,
     )
-
-
-def _gradients(kernel: tuple[str, str | None], arguments: tuple, *need: bool) -> tuple:
-    """The gradients that are needed, by one backend and algorithm; None for the others."""
-    if not any(need):
-        return None, None, None
-    backend, algorithm = kernel
-    if backend == "aten":
-        grad, input, weight, stride, (top, _, left, _), dilation, groups = arguments
-        bias_sizes = [weight.shape[0]]
-        return torch.ops.aten.convolution_backward(
-            grad, input, weight, bias_sizes, stride, (top, left), dilation, False, (0, 0), groups, need
-        )
-    grads = backward_operator(backend, *arguments, algorithm, *need)
-    return tuple(g if n else None for g, n in zip(grads, need))
 
 
 def _vmap(op, info, in_dims, input, weight, bias, residual, packed, *rest):

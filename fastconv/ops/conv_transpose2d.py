@@ -10,7 +10,7 @@ import torch
 from ..backends import Choice
 from . import _convolution, _plans
 from ._arguments import check_integers, check_tensor, integer, pair
-from ._conv2d_choice import CPU_ALGORITHMS, CUDA_ALGORITHMS, DEFAULT, fastest, named, prefer
+from ._conv2d_choice import CPU_ALGORITHMS, CUDA_ALGORITHMS, default_for, fastest, prefer
 from ._convolution import (
     autocast_but,
     check_bias,
@@ -98,8 +98,12 @@ def conv_transpose2d(
         groups: ``G``; the channels of a group reach that group's outputs alone.
         dilation: pixels between taps.
         backend: see :mod:`fastconv.backends`; None takes the measured best.
-        algorithm: a kernel of the backend. On the CPU ``"direct"``, ``"im2col"`` (contiguous inputs) or
-            ``"plain"``; in Triton ``"implicit_gemm"`` or ``"pointwise"`` (1x1, stride 1, no padding).
+        algorithm: a kernel of the backend; None takes the fastest, Winograd's too unless
+            :func:`fastconv.set_precision` says ``"exact"``. On the CPU ``"direct"``, ``"im2col"``
+            (contiguous inputs), ``"winograd_f2"``, ``"winograd_f4"``, ``"winograd_f6"`` (3x3, stride and
+            dilation 1), ``"grouped"`` (at most 32 channels in a group) or ``"plain"``; in CUDA
+            ``"implicit_gemm"`` (float16, bfloat16), ``"direct"`` or ``"im2col"``; in Triton
+            ``"implicit_gemm"`` or ``"pointwise"`` (1x1, stride 1, no padding).
 
     Returns:
         ``(N, M, H, W)``, ``H = (E - 1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1``.
@@ -128,12 +132,10 @@ def conv_transpose2d(
         geometry = (stride, padding, output_padding, dilation, groups)
         _check(input, weight, bias, *geometry)
         backend = choose(backend, algorithm, input, weight, *geometry)
-        chosen = algorithm
         if backend == "cpu" and algorithm is None:
-            chosen = default_algorithm(input, weight, *geometry)
-            algorithm = named(chosen)
-        plan = _plans.keep(key, (backend, algorithm, chosen, geometry))
-    backend, algorithm, chosen, geometry = plan
+            algorithm = default_algorithm(input, weight, *geometry)
+        plan = _plans.keep(key, (backend, algorithm, geometry))
+    backend, algorithm, geometry = plan
     stride, padding, output_padding, dilation, groups = geometry
     if backend == "aten":
         if memory_format_of(input) == torch.contiguous_format:  # or the output would be as the weight
@@ -148,7 +150,7 @@ def conv_transpose2d(
         return as_memory_format(output, memory_format_of(input))
     packed = None
     if backend == "cpu":
-        packed = packed_weight("conv_transpose2d", weight, stride, padding, dilation, groups, chosen)
+        packed = packed_weight("conv_transpose2d", weight, stride, padding, dilation, groups, algorithm)
     return forward_operator(backend, input, weight, bias, packed, *geometry, algorithm)
 
 
@@ -225,7 +227,7 @@ def _cpu_algorithm(input, weight, stride, padding, output_padding, dilation, gro
 def default_algorithm(input, weight, stride, padding, output_padding, dilation, groups) -> str:
     """The C++ kernel where a call names none."""
     algorithm = _cpu_algorithm(input, weight, stride, padding, output_padding, dilation, groups)
-    return algorithm or DEFAULT
+    return algorithm or default_for(stride)
 
 
 # The operator: fake, gradient, vmap, FLOPs. `packed` is what conv_transpose2d_pack_weight returned for this
