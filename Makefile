@@ -45,7 +45,7 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	@echo "setting up $(VENV) (downloads PyTorch; a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch triton numpy ninja pybind11 setuptools wheel
-	$(PIP) pytest pytest-benchmark hypothesis scikit-learn rich matplotlib ruff clang-format
+	$(PIP) pytest pytest-benchmark hypothesis scikit-learn transformers rich matplotlib ruff clang-format
 	@touch $@
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)

@@ -24,6 +24,7 @@ CPU_CAPABILITIES = {  # compiler flags of each instruction set
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512",
 }
+BF16_FLAGS = CPU_CAPABILITIES["avx512"] + " -mavx512bf16"  # of *_bf16_cpu.cpp, which are for x86 alone
 WARNINGS = "-Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas -Wno-psabi"
 WARNINGS += " -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC's own AVX-512 headers set them off
 COMMON = f"-std=c++20 -O3 -falign-loops=64 -fPIC -fvisibility=hidden {WARNINGS}"
@@ -157,8 +158,14 @@ class BuildNative(build_ext):
         kernels, emulator = [], []
         for source in [ROOT / "csrc/common/cpu.cpp", *(op / f"{op.name}.cpp" for op in operators)]:
             kernels.append(compile(f"{cxx} {COMMON} {torch_flags} {with_cuda}", source))
-        for source in sorted(ROOT.glob("csrc/*/*_cpu.cpp")):
-            for name, flags in capabilities.items():
+        # The linker keeps the first of an inline function's copies: the plainest comes first.
+        sources = sorted(ROOT.glob("csrc/*/*_cpu.cpp"), key=lambda p: (p.stem.endswith("_bf16_cpu"), p))
+        for source in sources:
+            if source.stem.endswith("_bf16_cpu"):
+                wanted = {"avx512_bf16": BF16_FLAGS} if x86 else {}
+            else:
+                wanted = capabilities
+            for name, flags in wanted.items():
                 command = f"{cxx} {COMMON} {flags} -DFASTCONV_CPU_CAPABILITY={name}"
                 kernels.append(compile(command, source, f"{name}.o"))
         if nvcc:

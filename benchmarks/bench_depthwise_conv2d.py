@@ -7,6 +7,7 @@ import torch
 import fastconv
 
 from .harness import Benchmark
+from .windows import outputs, taps_inside
 
 
 def tensors(sizes, generator):
@@ -35,23 +36,20 @@ def peer(sizes, input, weight):
 
 
 def macs(sizes):
-    height, width = (_outputs(sizes, axis) for axis in ("height", "width"))
+    height, width = (outputs(sizes[axis], *_window(sizes)) for axis in ("height", "width"))
     return sizes["batch"] * sizes["channels"] * height * width * sizes["kernel"] ** 2
 
 
 def macs_inside(sizes):
-    rows, columns = (_taps_inside(sizes, axis) for axis in ("height", "width"))
+    window = _window(sizes)
+    rows, columns = (
+        taps_inside(outputs(size, *window), size, *window) for size in (sizes["height"], sizes["width"])
+    )
     return sizes["batch"] * sizes["channels"] * rows * columns
 
 
-def _outputs(sizes, axis):
-    return (sizes[axis] + 2 * sizes["padding"] - sizes["kernel"]) // sizes["stride"] + 1
-
-
-def _taps_inside(sizes, axis):
-    """Pairs of an output and a tap, along one axis, that meet a pixel of the image."""
-    starts = (output * sizes["stride"] - sizes["padding"] for output in range(_outputs(sizes, axis)))
-    return sum(max(0, min(start + sizes["kernel"], sizes[axis]) - max(start, 0)) for start in starts)
+def _window(sizes):
+    return sizes["kernel"], sizes["stride"], sizes["padding"]
 
 
 BENCHMARK = Benchmark(

@@ -103,6 +103,8 @@ def contest(request, benchmark):
     def run() -> None:
         entry: Entry = request.param
         group = _measured(request, entry.problem)
+        if reason := group["left_out"].get(entry.contender.name):
+            pytest.skip(reason)
         figures = next(e for e in group["contenders"] if e["name"] == entry.contender.name)
         benchmark.extra_info.update({key: value for key, value in figures.items() if key != "rounds"})
         benchmark.extra_info["versions"] = results.versions()

@@ -2,7 +2,8 @@
 
 A :class:`Benchmark` describes an operator, a :class:`Layer` its sizes in some network, a :class:`Problem` one
 pass over that layer. :meth:`Problem.measure` checks every :class:`Contender` against the float64 definition,
-refuses those that are wrong, and times the others interleaved: the machine's noise meets all of them alike.
+refuses those that are wrong, leaves out those whose kernel does not serve such a layer, and times the others
+interleaved: the machine's noise meets all of them alike.
 """
 
 from __future__ import annotations
@@ -55,6 +56,14 @@ class Benchmark:
         macs_inside: the same without those that meet the zero padding; the floor counts these.
         ladder: the layer that ``python -m fastconv ladder`` climbs on.
         tiny: sizes that the emulator and Triton's interpreter finish in a second.
+        ladder_layout: a layout that every algorithm serves.
+        ladder_steps: the algorithms of a backend, the plainest first; where it says nothing of a backend, the
+            reverse of what is tried first.
+        slow: algorithms that would take minutes a layer: timed on the ladder, else only where their backend
+            is asked for by name.
+        products_saved: ``products_saved(sizes) -> float``: the formula's multiplications over those of the
+            fastest algorithm known here. A time so much below the floor is possible.
+        rounding: how many times a plain sum's error is allowed of an algorithm, where a call names it.
     """
 
     op: str
@@ -66,6 +75,11 @@ class Benchmark:
     macs_inside: Callable[[dict], int]
     ladder: str
     tiny: dict[str, int] = field(default_factory=dict)
+    ladder_layout: str = "nhwc"
+    ladder_steps: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    slow: tuple[str, ...] = ()
+    products_saved: Callable[[dict], float] = lambda sizes: 1.0
+    rounding: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,8 @@ class Contender:
         side: who computes: ``"torch"``, ``"torch.compile"`` or ``"fastconv"``.
         layout: ``"nchw"`` or ``"nhwc"``.
         backend, algorithm: the kernel; None is the library's own choice, which is what a user gets.
-        weight_layout: the layout of all tensors but the first; None: the same. PyTorch's speed depends on it.
+        weight_layout: the layout of the second tensor, the weight; None: the same. PyTorch's speed depends on
+            it.
     """
 
     side: str
@@ -183,10 +198,12 @@ def contenders(
             if name not in possible:
                 reason = backends.why_not(name, device) if name in backends.BACKENDS else "there is none"
                 raise ValueError(f"backends must be among {possible} here, got {name!r}: {reason}")
-    for backend in wanted:
-        sides += [("fastconv", backend, algorithm) for algorithm in choice.algorithms[backend] or (None,)]
-    found = [Contender(side, layout, *kernel) for side, *kernel in sides for layout in layouts]
     benchmark = load(op)
+    slow = benchmark.slow if backends_wanted is None else ()
+    for backend in wanted:
+        algorithms = choice.algorithms[backend] or (None,)
+        sides += [("fastconv", backend, algorithm) for algorithm in algorithms if algorithm not in slow]
+    found = [Contender(side, layout, *kernel) for side, *kernel in sides for layout in layouts]
     has_weights = len(benchmark.tensors(benchmark.tiny, torch.Generator())) > 1
     if has_weights and "torch" in peers and "nhwc" in layouts:
         # What a user gets who converts the images only.
@@ -227,14 +244,18 @@ class Problem:
         """Checks and times the contenders; returns what a results file holds for this problem.
 
         ``rounds`` and ``seconds`` are those of :func:`fastconv._timing.interleave`. A contender that raises
-        or is wrong is not timed: its ``refused`` says why.
+        or is wrong is not timed: its ``refused`` says why. A kernel that does not serve this layer is no
+        contender: ``left_out`` has its name and the reason.
         """
         ceilings = ceilings or measure(self.device)
         _settle(self.device, contenders)
         inputs, grad_output, expected = self._prepare()
-        calls, entries = {}, []
+        calls, entries, left_out = {}, [], {}
         for contender in contenders:
             call, entry = self._enter(contender, inputs, grad_output, expected)
+            if reason := entry.pop("left_out"):
+                left_out[contender.name] = reason
+                continue
             entries.append(entry)
             if entry["refused"] is None:
                 calls[contender.name] = call
@@ -254,11 +275,13 @@ class Problem:
             "pass": self.direction,
             "dtype": str(self.dtype).removeprefix("torch."),
             **work,
+            "products_saved": self.benchmark.products_saved(self.layer.sizes),
             "contenders": entries,
+            "left_out": left_out,
         }
 
     def check(self, contenders: Sequence[Contender]) -> list[dict[str, Any]]:
-        """Runs the contenders without timing them: for each ``max_error``, and ``refused`` if it is wrong."""
+        """Runs the contenders without timing them: the ``max_error`` of each, or why not."""
         inputs, grad_output, expected = self._prepare()
         return [self._enter(contender, inputs, grad_output, expected)[1] for contender in contenders]
 
@@ -289,6 +312,7 @@ class Problem:
             "layout": contender.layout,
             "max_error": None,
             "refused": None,
+            "left_out": None,
         }
         call = None
         try:
@@ -296,9 +320,10 @@ class Problem:
             with torch.set_grad_enabled(self.direction == "backward"):
                 answers = call()
             answers = [answers] if isinstance(answers, torch.Tensor) else list(answers)
-            entry["max_error"], entry["refused"] = self._judge(answers, expected)
+            entry["max_error"], entry["refused"] = self._judge(answers, expected, contender)
         except Exception as error:  # whatever a kernel raises, the others must still be timed
-            entry["refused"] = f"{type(error).__name__}: {error}"
+            unserved = isinstance(error, backends.BackendError) and contender.backend is not None
+            entry["left_out" if unserved else "refused"] = f"{type(error).__name__}: {error}"
         return call, entry
 
     def _call(self, contender: Contender, inputs, grad_output) -> Callable[[], Any]:
@@ -308,8 +333,9 @@ class Problem:
             tensor = tensor.detach().clone()
             return tensor.to(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor
 
-        weight_layout = contender.weight_layout or contender.layout
-        tensors = [placed(inputs[0], contender.layout), *(placed(w, weight_layout) for w in inputs[1:])]
+        tensors = [placed(tensor, contender.layout) for tensor in inputs]
+        if contender.weight_layout:
+            tensors[1] = placed(inputs[1], contender.weight_layout)
         if contender.side == "fastconv":
             choice = {"backend": contender.backend, "algorithm": contender.algorithm}
 
@@ -331,7 +357,7 @@ class Problem:
         grad = placed(grad_output, contender.layout)
         return lambda: torch.autograd.grad(output, tensors, grad, retain_graph=True)
 
-    def _judge(self, answers, expected) -> tuple[float, str | None]:
+    def _judge(self, answers, expected, contender: Contender) -> tuple[float, str | None]:
         """The largest error, relative to the largest value expected, and why it is too large, or None."""
         worst, reason = 0.0, None
         for answer, exact in zip(answers, expected, strict=True):
@@ -339,7 +365,8 @@ class Problem:
                 return math.inf, f"wrong shape {tuple(answer.shape)}, expected {tuple(exact.shape)}"
             scale = max(exact.abs().max().item(), 1e-30) if exact.numel() else 1.0
             error = (answer.double() - exact).abs().max().item() / scale if exact.numel() else 0.0
-            allowed = tolerance(self.dtype, self.macs / max(exact.numel(), 1))
+            rounding = self.benchmark.rounding.get(contender.algorithm, 1.0)
+            allowed = tolerance(self.dtype, rounding**2 * self.macs / max(exact.numel(), 1))
             if not error <= allowed:  # a NaN too
                 reason = f"wrong result: error {error:.1e} of the largest value, {allowed:.1e} allowed"
             if not error <= worst:

@@ -52,8 +52,9 @@ def table(result: dict) -> Table:
     """Every contender of every group, for ``rich``."""
     shown = Table(
         title=f"{result['op']} on {result['device']}, {result['dtype']}",
-        caption="blue: the limit; % limit: limit / ms; x best, x same: PyTorch in its best layout, in this; "
-        "error: of the largest value; bold: the library's own choice",
+        caption="blue: the limit of the formula (Winograd multiplies less); % limit: limit / ms; "
+        "x best, x same: PyTorch in its best layout, in this; error: of the largest value; bold: the "
+        "library's own choice",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 0),
@@ -83,6 +84,12 @@ def refusals(result: dict) -> list[str]:
     ]
 
 
+def left_out(result: dict) -> list[str]:
+    """Which kernels do not serve some layer, and why; each reason once."""
+    reasons = (item for group in result["groups"] for item in group.get("left_out", {}).items())
+    return [f"{name}: {reason}" for name, reason in dict.fromkeys(reasons)]
+
+
 def _cells(contender: dict) -> list[str]:
     ratios = (contender["ratio"], contender["ratio_same_layout"])
     return [
@@ -103,7 +110,7 @@ def doubts(result: dict) -> list[str]:
         f"{contender['name']} of {group['layer']} {group['pass']}"
         for group in result["groups"]
         for contender in group["contenders"]
-        if contender["seconds"] and contender["percent_of_limit"] > 105
+        if contender["seconds"] and contender["percent_of_limit"] > 105 * group.get("products_saved", 1)
     ]
     if over:
         found.append(f"above the measured limit, which must then be too low: {', '.join(over)}")

@@ -46,7 +46,8 @@ def run(device: str, names: Sequence[str]) -> list[str]:
                 for dtype in (torch.float32, torch.float16):
                     problem = Problem(benchmark, Layer("sanitize", str(row), row), direction, dtype, device)
                     for entry in problem.check(contenders):
-                        print(f"{op} {direction} {dtype} {entry['name']}: {entry['refused'] or 'ok'}")
+                        outcome = entry["refused"] or entry["left_out"] or "ok"
+                        print(f"{op} {direction} {dtype} {entry['name']}: {outcome}")
                         if entry["refused"]:
                             wrong.append(entry["name"])
     return wrong

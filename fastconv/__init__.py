@@ -3,9 +3,13 @@
 from . import _library, ceilings, emulator, models, nn
 from .backends import BackendError, available, use_backend
 from .cost import cost
+from .ops._packed_weights import clear_packed_weights, set_packed_weights_limit
 from .ops.channel_shuffle import channel_shuffle, channel_shuffle_reference
+from .ops.conv2d import conv2d, conv2d_reference
+from .ops.conv_transpose2d import conv_transpose2d, conv_transpose2d_reference
 from .ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from .optimize import OptimizeError, enable, optimize, report, restore
+from .precision import get_precision, set_precision
 
 __version__ = "0.1.0"
 
@@ -16,16 +20,24 @@ __all__ = [
     "ceilings",
     "channel_shuffle",
     "channel_shuffle_reference",
+    "clear_packed_weights",
+    "conv2d",
+    "conv2d_reference",
+    "conv_transpose2d",
+    "conv_transpose2d_reference",
     "cost",
     "depthwise_conv2d",
     "depthwise_conv2d_reference",
     "emulator",
     "enable",
+    "get_precision",
     "models",
     "nn",
     "optimize",
     "report",
     "restore",
+    "set_packed_weights_limit",
+    "set_precision",
     "use_backend",
 ]
 

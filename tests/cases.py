@@ -68,12 +68,21 @@ def runs(op: str, *, own: bool = False) -> list[Run]:
     ]
 
 
-def for_runs(which: list[Run], **axes: tuple[Iterable, Iterable]) -> pytest.MarkDecorator:
-    """Parametrises a test by ``run`` and further arguments, each given as (values, values for slow runs)."""
+def for_runs(
+    which: list[Run],
+    *,
+    where: Callable[..., bool] = lambda run, **_: True,
+    **axes: tuple[Iterable, Iterable],
+) -> pytest.MarkDecorator:
+    """Parametrises a test by ``run`` and further arguments, each given as (values, values for slow runs).
+
+    ``where(run, **arguments)`` says which points of this grid there are.
+    """
     values = [
         (run, *point)
         for run in which
         for point in itertools.product(*(few if run.slow else many for many, few in axes.values()))
+        if where(run, **dict(zip(axes, point)))
     ]
     return pytest.mark.parametrize(["run", *axes], values, ids=lambda v: str(v).removeprefix("torch."))
 

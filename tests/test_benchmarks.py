@@ -288,6 +288,10 @@ def test_report_says_what_is_doubtful(result):
         for contender in one["groups"][0]["contenders"]:
             contender["percent_of_limit"] = percent
     assert report.doubts(quiet) == []
+    saved = copy.deepcopy(busy)
+    for group in saved["groups"]:
+        group["products_saved"] = 2.0  # an algorithm with half the multiplications
+    assert "torch nchw of tiny forward" not in "".join(report.doubts(saved))
     assert "load 3.5" in report.doubts(busy)[0] and "torch nchw of tiny forward" in report.doubts(busy)[1]
     assert "**the machine was busy" in report.markdown([busy])
 

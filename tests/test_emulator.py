@@ -1,36 +1,13 @@
 """The CUDA emulator itself: small kernels, compiled here, whose results and costs arithmetic can tell."""
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+from emulated import PRELUDE, WITH_COMPILER, compile_cuda
 
 from fastconv import emulator
 
-ROOT = Path(__file__).resolve().parents[1]
-CXX = os.environ.get("CXX", "c++")
-pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"there is no C++ compiler ({CXX})")
-
-PRELUDE = (
-    f'#include "{ROOT}/csrc/common/cuda.h"\n'
-    + r"""
-#include <cstdio>
-#include <vector>
-using namespace fastconv;
-
-#define FASTCONV_TEST(name) extern "C" __attribute__((visibility("default"))) const char* name
-template <typename Body>
-const char* message_of(const Body& body) {  // the error that a launch ends with
-  static std::string message;
-  message.clear();
-  try { body(); } catch (const std::exception& error) { message = error.what(); }
-  return message.c_str();
-}
-"""
-)
+pytestmark = WITH_COMPILER
 
 KERNELS = r"""
 // A tree in shared memory: wrong unless each barrier holds every thread.
@@ -169,25 +146,98 @@ FASTCONV_TEST(ragged)(float* y) {
   alignas(128) static float x[128];
   return message_of([&] { FASTCONV_LAUNCH(ragged_kernel, 1, 32, 0, nullptr, x, y); });
 }
+
+// What a thread copies to shared memory, seen before and after it waits for each of two groups.
+__global__ void copies_kernel(const float* x, float* y) {
+  __shared__ float values[2];
+  const auto look = [&](int row) {
+    y[2 * row] = values[0];
+    y[2 * row + 1] = values[1];
+  };
+  values[0] = values[1] = 0;
+  copy_to_shared(&values[0], x, true);
+  end_copy_group();
+  copy_to_shared(&values[1], x + 1, true);
+  look(0);
+  end_copy_group();
+  wait_for_copy_groups<1>();
+  look(1);
+  copy_to_shared(&values[0], x, false);
+  wait_for_copies();
+  look(2);
+}
+FASTCONV_TEST(copies)(const float* x, float* y) {
+  return message_of([&] { FASTCONV_LAUNCH(copies_kernel, 1, 1, 0, nullptr, x, y); });
+}
+
+// d (16, 8) += a (16, 16) * b (16, 8), each fragment gathered value by value as PTX numbers them.
+template <typename T>
+__global__ void mma_kernel(const float* a, const float* b, float* d) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const auto two = [](float low, float high) {
+    return uint32_t(rounded<T>(low).bits) | uint32_t(rounded<T>(high).bits) << 16;
+  };
+  uint32_t left[4], right[2];
+  float sums[4];
+  for (int i = 0; i < 4; ++i) {  // registers a0a1, a2a3, a4a5, a6a7
+    const float* from = a + (g + (i == 1 || i == 3 ? 8 : 0)) * 16 + 2 * t + (i < 2 ? 0 : 8);
+    left[i] = two(from[0], from[1]);
+    sums[i] = d[(i < 2 ? g : g + 8) * 8 + 2 * t + (i & 1)];
+  }
+  for (int i = 0; i < 2; ++i) right[i] = two(b[(2 * t + 8 * i) * 8 + g], b[(2 * t + 8 * i + 1) * 8 + g]);
+  mma_m16n8k16<T>(sums, left, right);
+  for (int i = 0; i < 4; ++i) d[(i < 2 ? g : g + 8) * 8 + 2 * t + (i & 1)] = sums[i];
+}
+// The same, with fragments that come from shared memory: a lies as (row, k) or (k, row), b as (k, column).
+template <typename T, bool Turned>
+__global__ void loaded_mma_kernel(const float* a, const float* b, float* d) {
+  alignas(16) __shared__ T left[16][16];
+  alignas(16) __shared__ T right[16][16];  // columns 8 to 15 are of no use
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  for (int i = lane; i < 256; i += 32) {
+    left[i / 16][i % 16] = rounded<T>(a[Turned ? i % 16 * 16 + i / 16 : i]);
+    right[i / 16][i % 16] = rounded<T>(i % 16 < 8 ? b[i / 16 * 8 + i % 16] : 1000.0f);
+  }
+  __syncwarp();
+  uint32_t rows[4], columns[4];
+  load_matrices<Turned>(rows, Turned ? &left[lane % 8 + lane / 16 * 8][lane / 8 % 2 * 8]
+                                     : &left[lane % 16][lane / 16 * 8]);
+  load_matrices<true>(columns, &right[lane % 16][lane / 16 * 8]);
+  float sums[4] = {d[g * 8 + 2 * t], d[g * 8 + 2 * t + 1], d[g * 8 + 64 + 2 * t], d[g * 8 + 65 + 2 * t]};
+  mma_m16n8k16<T>(sums, rows, {columns[0], columns[1]});
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+FASTCONV_TEST(mma)(int which, const float* a, const float* b, float* d) {
+  return message_of([&] {
+    if (which == 0) FASTCONV_LAUNCH(mma_kernel<Float16>, 1, 32, 0, nullptr, a, b, d);
+    if (which == 1) FASTCONV_LAUNCH(mma_kernel<BFloat16>, 1, 32, 0, nullptr, a, b, d);
+    if (which == 2) FASTCONV_LAUNCH((loaded_mma_kernel<Float16, false>), 1, 32, 0, nullptr, a, b, d);
+    if (which == 3) FASTCONV_LAUNCH((loaded_mma_kernel<BFloat16, true>), 1, 32, 0, nullptr, a, b, d);
+  });
+}
+__global__ void short_mma_kernel(float* d) {
+  if (threadIdx.x % 32 == 9) return;
+  float sums[4];
+  mma_m16n8k16<Float16>(sums, {1, 2, 3, 4}, {5, 6});
+}
+__global__ void uneven_rows_kernel() {
+  alignas(16) __shared__ Float16 values[64];
+  uint32_t rows[4];
+  load_matrices<false>(rows, values + threadIdx.x);
+}
+__global__ void uneven_copy_kernel(const float4* x) {
+  alignas(16) __shared__ float4 values[2];
+  copy_to_shared(reinterpret_cast<float4*>(reinterpret_cast<float*>(values) + 1), x, true);
+}
+FASTCONV_TEST(matrix_mistake)(int which, float* d) {
+  return message_of([&] {
+    if (which == 0) FASTCONV_LAUNCH(short_mma_kernel, 1, 64, 0, nullptr, d);
+    if (which == 1) FASTCONV_LAUNCH(short_mma_kernel, 1, 8, 0, nullptr, d);
+    if (which == 2) FASTCONV_LAUNCH(uneven_rows_kernel, 1, 32, 0, nullptr);
+    if (which == 3) FASTCONV_LAUNCH(uneven_copy_kernel, 1, 32, 0, nullptr, reinterpret_cast<float4*>(d));
+  });
+}
 """
-
-
-def compile_cuda(source: Path, target: Path, *flags: str) -> None:
-    objects = sorted((ROOT / "csrc/emulator").glob("*.cpp"))
-    subprocess.run(
-        [CXX, "-std=c++20", "-O1", "-g", "-fvisibility=hidden", "-DFASTCONV_EMULATOR"]
-        + [
-            f"-I{ROOT}/csrc/emulator",
-            *flags,
-            *map(str, objects),
-            "-x",
-            "c++",
-            str(source),
-            "-o",
-            str(target),
-        ],
-        check=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +327,42 @@ def test_mistakes_are_named(kernels, which):
     test_warp_functions(kernels, 32)
 
 
+def test_copies_arrive_when_they_are_waited_for(kernels):
+    y = (ctypes.c_float * 6)()
+    assert run(kernels.copies, (ctypes.c_float * 2)(3, 4), y) == ""
+    assert list(y) == [0, 0, 3, 0, 0, 4]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_matrix_product_of_a_warp(kernels, which):
+    a = [[16 * row + k - 100 for k in range(16)] for row in range(16)]  # exact in both types
+    b = [[(8 * k + column) * (1 if k % 2 else -1) for column in range(8)] for k in range(16)]
+    d = (ctypes.c_float * 128)(*range(128))
+    flat = [(ctypes.c_float * len(m * len(m[0])))(*(v for row in m for v in row)) for m in (a, b)]
+    assert run(kernels.mma, which, *flat, d) == ""
+    assert list(d) == [
+        8 * row + column + sum(a[row][k] * b[k][column] for k in range(16))
+        for row in range(16)
+        for column in range(8)
+    ]
+
+
+MATRIX_MISTAKES = {
+    0: ["short_mma_kernel", "mma_m16n8k16 at kernels.cu:", "lane 9", "does not take part"],
+    1: ["short_mma_kernel", "lane 8", "does not take part"],
+    2: ["16-byte boundary"],
+    3: ["uneven_copy_kernel", "16 bytes", "no multiple"],
+}
+
+
+@pytest.mark.parametrize("which", MATRIX_MISTAKES)
+def test_mistakes_with_matrices_are_named(kernels, which):
+    message = run(kernels.matrix_mistake, which, (ctypes.c_float * 8)())
+    for words in MATRIX_MISTAKES[which]:
+        assert words in message
+    test_matrix_product_of_a_warp(kernels, 0)
+
+
 def count(kernels, function, *arguments) -> dict:
     kernels.fastconv_emulator_reset()
     kernels.fastconv_emulator_count(1)
@@ -334,79 +420,3 @@ def test_nothing_is_counted_unless_asked(kernels):
     kernels.fastconv_emulator_reset()
     assert run(kernels.ragged, (ctypes.c_float * 32)()) == ""
     assert emulator._read(kernels) == {}
-
-
-SANITIZED = r"""
-__global__ void copy_kernel(const float* x, float* y, int count, int shared_count) {
-  FASTCONV_DYNAMIC_SHARED(float, values);
-  __shared__ float fixed[32];
-  const bool active = int(threadIdx.x) < count;
-  if (int(threadIdx.x) < shared_count) values[threadIdx.x] = load_global(x + threadIdx.x, active);
-  fixed[threadIdx.x % 32] = 1;
-  __syncthreads();
-  float sum = fixed[31] - 1;
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
-  if (active) store_global(y + threadIdx.x, values[threadIdx.x] + sum);
-}
-__global__ void fixed_kernel(float* y, int last) {
-  __shared__ float fixed[32];
-  fixed[int(threadIdx.x) == 31 ? last : int(threadIdx.x)] = 1;
-  __syncthreads();
-  y[threadIdx.x] = fixed[31 - threadIdx.x];
-}
-__global__ void stuck_kernel() {
-  volatile int frame[64] = {};  // is left on the fiber's stack
-  if (threadIdx.x != 5) __syncthreads();
-  frame[threadIdx.x] = 1;
-}
-void copy(const float* x, float* y, int threads, int count, int shared_count) {
-  FASTCONV_LAUNCH(copy_kernel, 4, threads, shared_count * 4, nullptr, x, y, count, threads);
-}
-int main(int, char** arguments) {
-  const std::string which = arguments[1];
-  std::vector<float> x(64, 3), y(64);
-  for (int i = 0; which == "deadlock" && i < 2; ++i) {
-    if (std::string(message_of([] { FASTCONV_LAUNCH(stuck_kernel, 1, 64, 0, nullptr); })).empty()) return 1;
-    copy(x.data(), y.data(), 64, 64, 64);
-  }
-  if (which == "right") copy(x.data(), y.data(), 64, 64, 64);
-  if (which == "shared") copy(x.data(), y.data(), 64, 64, 63);
-  if (which == "load") copy(x.data(), y.data(), 96, 65, 96);
-  if (which == "static") FASTCONV_LAUNCH(fixed_kernel, 1, 32, 0, nullptr, y.data(), 32);
-  std::puts("done");
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sanitized")
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    (folder / "probe.cpp").write_text("int main() {}\n")
-    probe = subprocess.run(
-        [CXX, *flags, str(folder / "probe.cpp"), "-o", str(folder / "probe")], capture_output=True
-    )
-    if probe.returncode != 0 or subprocess.run([folder / "probe"]).returncode != 0:
-        pytest.skip(f"{CXX} has no address sanitizer here")
-    (folder / "kernels.cu").write_text(PRELUDE + SANITIZED)
-    compile_cuda(folder / "kernels.cu", folder / "kernels", *flags)
-    return folder / "kernels"
-
-
-@pytest.mark.parametrize(
-    "which, words",
-    [
-        ("right", None),
-        ("deadlock", None),
-        ("shared", "heap-buffer-overflow"),
-        ("load", "heap-buffer-overflow"),
-        ("static", "out of bounds"),
-    ],
-)
-def test_sanitizers_see_a_step_outside(sanitized, which, words):
-    result = subprocess.run([sanitized, which], capture_output=True, text=True)
-    if words is None:
-        assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
-    else:
-        assert result.returncode != 0
-        assert words in result.stderr

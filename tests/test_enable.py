@@ -71,15 +71,47 @@ def test_the_compiled_kernel_runs():
         assert "depthwise_conv2d" in names_of(lambda: functional.conv2d(x, w, b, groups=4))
 
 
+CALLS = {
+    "dense": lambda x, w, b: functional.conv2d(x, w, b, 2, 1, 2),
+    "grouped": lambda x, w, b: torch.conv2d(x, w[:, :2], stride=(1, 2), padding=1, groups=2),
+    "keywords": lambda x, w, b: functional.conv2d(input=x, weight=w, bias=b, padding="same"),
+    "one channel": lambda x, w, b: functional.conv2d(x[:, :1], w[:, :1], b),
+    "module": lambda x, w, b: nn.Conv2d(4, 4, 3, padding_mode="circular", padding=1, device=DEVICE)(x),
+    "transposed": lambda x, w, b: functional.conv_transpose2d(x, w, b, 2, 1, 1, 1, 1),
+    "transposed, grouped": lambda x, w, b: torch.conv_transpose2d(x, w, groups=2, dilation=(2, 1)),
+    "transposed, depthwise": lambda x, w, b: functional.conv_transpose2d(x, w[:, :1], b, groups=4),
+    "transposed module": lambda x, w, b: nn.ConvTranspose2d(4, 2, 3, 2, device=DEVICE)(x, [18, 18]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_dense_and_transposed_calls_go_to_the_kernel(name):
+    def call():
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return CALLS[name](*tensors(groups=1))
+
+    expected = call()
+    assert names_of(call)[-1] in ("convolution", "_convolution", "mkldnn_convolution")
+    with fastconv.enable(backend="reference"):
+        names, actual = names_of(call), call()
+    assert not any("convolution" in name for name in names)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    if DEVICE == "cpu" and HAS_KERNEL:
+        with fastconv.enable("cpu"):
+            assert ("conv_transpose2d" if "transposed" in name else "conv2d") in names_of(call)
+    with fastconv.enable():  # the measured best
+        torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: functional.conv2d(*tensors(groups=1)),  # dense
-        lambda: functional.conv2d(*tensors(groups=2), groups=2),
-        lambda: functional.conv2d(*tensors(channels=1)),
         lambda: functional.conv2d(tensors()[0][0], tensors()[1], groups=4),  # no batch
         lambda: functional.conv2d(*(t.to(torch.complex64) for t in tensors()), groups=4),
-        lambda: functional.conv_transpose2d(*tensors(), groups=4),
+        lambda: functional.conv_transpose2d(*(t.to(torch.complex64) for t in tensors(groups=1))),
+        lambda: functional.conv2d(*(t.to("meta") for t in tensors(groups=1))),
+        lambda: functional.conv1d(tensors()[0][0], tensors(8)[0][0, :, :, :3]),
     ],
 )
 def test_other_calls_go_to_pytorch(call):

@@ -13,7 +13,7 @@ from cases import DEVICE
 from torch import nn
 
 import fastconv
-from fastconv.nn import DepthwiseConv2d
+from fastconv.nn import Conv2d, ConvTranspose2d, DepthwiseConv2d
 
 SWAP = sys.modules["fastconv.optimize._swap"]
 TRIAL = sys.modules["fastconv.optimize._trial"]
@@ -67,15 +67,21 @@ def test_reasons():
     nn.utils.parametrizations.spectral_norm(model[3])
     model.append(nn.Linear(12, 2)).append(nn.Conv2d(1, 1, 1))
     model.append(nn.Conv2d(2, 2, 1, groups=2, dtype=torch.complex64))
+    model.append(nn.ConvTranspose2d(2, 2, 1, dtype=torch.complex64)).append(nn.LazyConvTranspose2d(2, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch initialises nothing, and says so
+        model.append(nn.Conv2d(2, 0, 1)).append(nn.Conv1d(2, 2, 1))
     fastconv.optimize(model, backend="reference")
     reasons = {row.name: row.reason for row in fastconv.report(model).rows}
-    assert reasons["0"] == reasons["8"] == "no kernel for dense convolution yet"
+    for name in "0568":
+        assert reasons[name] is None and row(model, name).kernel == "reference"
     assert reasons["1"] == "no kernel for BatchNorm2d yet"
     assert reasons["3"] == "its type is ParametrizedConv2d, not exactly Conv2d"
-    assert reasons["5"] == "no kernel for grouped convolution yet"
-    assert reasons["6"] is None and row(model, "6").kernel == "reference"
     assert reasons["7"] == "no kernel for Linear yet"
-    assert reasons["9"] == "no kernel for complex64 weights"
+    assert reasons["9"] == reasons["10"] == "no kernel for complex64 weights"
+    assert reasons["11"] == "its type is LazyConvTranspose2d, not exactly ConvTranspose2d"
+    assert reasons["12"] == "no kernel for empty weights, of shape (0, 2, 1, 1)"
+    assert reasons["13"] == "no kernel for Conv1d yet"
     assert type(model[3]).__name__ == "ParametrizedConv2d"
 
 
@@ -119,14 +125,14 @@ def test_parametrized_after_optimize_cannot_be_restored_unseen():
         ({"only": nn.BatchNorm2d}, []),
         ({"exclude": "[0-5]"}, ["6"]),
         ({"exclude": nn.Conv2d}, []),
-        ({"only": nn.Conv2d, "exclude": "6"}, ["3"]),
+        ({"only": nn.Conv2d, "exclude": "6"}, ["0", "3", "5"]),
     ],
 )
 def test_only_and_exclude(options, swapped):
     model = fastconv.optimize(network(), backend="reference", **options)
     assert [row.name for row in fastconv.report(model).swapped] == swapped
-    assert [name for name, m in model.named_modules() if type(m) is DepthwiseConv2d] == swapped
-    for name in {"3", "6"} - set(swapped):
+    assert [name for name, m in model.named_modules() if type(m) in (Conv2d, DepthwiseConv2d)] == swapped
+    for name in {"0", "3", "5", "6"} - set(swapped):
         assert row(model, name).reason == "left out by only= or exclude="
 
 
@@ -322,8 +328,8 @@ def test_other_types_and_layouts(times, dtype, training):
     model = network(2).to(dtype).to(memory_format=torch.channels_last).train(training)
     x = images(4).to(dtype).to(memory_format=torch.channels_last)
     fastconv.optimize(model, x, backend="reference", strict=True)
-    assert len(fastconv.report(model).swapped) == 2
-    assert row(model, "3").trained == training
+    assert len(fastconv.report(model).swapped) == 4
+    assert row(model, "3").trained == row(model, "5").trained == training
 
 
 def test_autocast_and_no_grad(times):
@@ -340,11 +346,45 @@ def test_the_kernels_pass_the_proof(times, training):
     x = torch.randn(2, 3, 64, 64, device=DEVICE)
     with torch.no_grad():
         model.train()(x)
-    fastconv.optimize(model.train(training), x, strict=True)
+    depthwise = [name for name, module in model.named_modules() if getattr(module, "groups", 1) > 1]
+    fastconv.optimize(model.train(training), x, strict=True, only=depthwise)
     report = fastconv.report(model)
     assert len(report.swapped) == 13
     assert all(row.kernel.split("/")[0] in ("cpu", "cuda") for row in report.swapped)
     assert report.parity.holds and report.parity.gradient_error < 1e-3
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [False, True])
+def test_dense_and_transposed_kernels_pass_the_proof(times, training):
+    backend = "cpu" if DEVICE == "cpu" else "triton"
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 7, 2, 3, padding_mode="reflect"),
+        nn.BatchNorm2d(16),
+        nn.SiLU(),
+        nn.Conv2d(16, 12, (3, 1), padding="same", groups=2, dilation=2),
+        nn.ConvTranspose2d(12, 8, 4, 2, 1, bias=False),
+        nn.Conv2d(8, 4, 1),
+    ).to(DEVICE)
+    fastconv.optimize(model.train(training), images(), strict=True, backend=backend)
+    report = fastconv.report(model)
+    assert [type(model[i]) for i in (0, 3, 4, 5)] == [Conv2d, Conv2d, ConvTranspose2d, Conv2d]
+    for row in report.swapped:
+        kernel, algorithm = row.kernel.split("/")
+        assert kernel == backend and algorithm in fastconv.backends.CHOICES["conv2d"].algorithms[backend]
+    assert len(report.swapped) == 4 and report.parity.holds and report.parity.gradient_error < 1e-3
+    assert row.macs == 2 * 8 * 4 * 144 and report.swapped[2].macs == 2 * 12 * 36 * 8 * 16
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_what_pytorch_does_best_is_left_to_it(times, monkeypatch, kind):
+    for op in ("conv2d", "conv_transpose2d"):
+        monkeypatch.setitem(fastconv.backends.CHOICES[op].__dict__, "prefer", lambda *_: ("aten",))
+    model = fastconv.optimize(nn.Sequential(kind(3, 4, 3)).to(DEVICE), images())
+    assert type(model[0]) is kind
+    assert row(model, "0").reason == "PyTorch's own kernel is the best here"
+    with pytest.raises(fastconv.OptimizeError, match="0: PyTorch's own kernel is the best here"):
+        fastconv.optimize(model, images(), strict=True)
 
 
 @needs_kernel
@@ -365,8 +405,8 @@ def test_report_prints(times):
     line = next(line for line in text.splitlines() if line.startswith("3 "))
     for word in ("Conv2d", "2x8x12x12", "reference", "2000.000", "1000.000", "2.00x", "5.18 k", "25"):
         assert word in line, word
-    assert "1 x Conv2d (62.2 k MACs): no kernel for dense convolution yet" in text
-    assert "1 swapped" in text and "whole model: outputs differ by" in text
+    assert "1 x Dropout" not in text and "1 x BatchNorm2d: no kernel for BatchNorm2d yet" in text
+    assert "3 swapped" in text and "whole model: outputs differ by" in text
     found = row(model, "3")
     assert found.macs == 2 * 8 * 9 * 36 and found.timed_macs == 3 * found.macs
     moved_in, moved_out, own = 4 * 2 * 8 * 144, 4 * 2 * 8 * 36, 4 * (8 * 9 + 8)
@@ -397,7 +437,7 @@ def test_measuring_shows_its_progress_on_a_terminal(times, monkeypatch, capsys, 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     fastconv.optimize(network(), images(), backend="reference")
     captured = capsys.readouterr()
-    assert ("layers: 6" in captured.err and "2/2" in captured.err) == terminal
+    assert ("layers: 6" in captured.err and "4/4" in captured.err) == terminal
     assert captured.out == "" and (terminal or captured.err == "")
 
 
@@ -432,4 +472,4 @@ def test_report_explains_its_columns_and_why_one_is_empty(times, monkeypatch):
 
 def test_report_of_a_model_never_seen():
     rows = {row.name: row.reason for row in fastconv.report(network()).rows}
-    assert rows["3"] == "not optimized" and rows["0"] == "no kernel for dense convolution yet"
+    assert rows["0"] == rows["3"] == "not optimized" and rows["1"] == "no kernel for BatchNorm2d yet"

@@ -10,7 +10,7 @@ from test_optimize import images, needs_kernel, network, row
 from torch import nn
 
 import fastconv
-from fastconv.nn import DepthwiseConv2d
+from fastconv.nn import Conv2d, ConvTranspose2d, DepthwiseConv2d
 
 
 def test_only_the_class_changes():
@@ -19,8 +19,8 @@ def test_only_the_class_changes():
     classes = [type(module) for module in model]
     contents = [dict(module.__dict__) for module in model]
     assert fastconv.optimize(model, backend="reference") is model
-    assert [type(model[i]) for i in (3, 6)] == [DepthwiseConv2d] * 2
-    assert [type(model[i]) for i in (0, 1, 2, 4, 5)] == [classes[i] for i in (0, 1, 2, 4, 5)]
+    assert [type(model[i]) for i in (0, 3, 5, 6)] == [Conv2d, DepthwiseConv2d, Conv2d, DepthwiseConv2d]
+    assert [type(model[i]) for i in (1, 2, 4)] == [classes[i] for i in (1, 2, 4)]
     assert all(a is b for a, b in zip(model.parameters(), parameters))
     assert list(model.state_dict()) == keys
     fastconv.restore(model)
@@ -104,10 +104,26 @@ def test_a_model_that_is_one_layer():
     assert type(fastconv.restore(layer)) is nn.Conv2d
 
 
+def test_transposed_convolution():
+    model, x = nn.ConvTranspose2d(4, 3, 3, 2, 1), torch.randn(2, 4, 5, 6)
+    sizes = [None, [9, 11], [10, 12], (2, 3, 9, 12)]
+    expected = [model(x, size) for size in sizes] + [model(x[0], output_size=[10, 11])]
+    content = dict(model.__dict__)
+    assert type(fastconv.optimize(model, backend="reference")) is ConvTranspose2d
+    actual = [model(x, size) for size in sizes] + [model(x[0], output_size=[10, 11])]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="requested an output size of"):
+        model(x, [11, 11])
+    fastconv.restore(model)
+    assert type(model) is nn.ConvTranspose2d and model.__dict__ == content
+
+
 def test_modules_of_this_library_stay():
-    model = nn.Sequential(DepthwiseConv2d(4, activation="relu"))
-    assert row(fastconv.optimize(model), "0").reason == "it is a module of this library already"
-    assert type(fastconv.restore(model)[0]) is DepthwiseConv2d
+    kinds = [DepthwiseConv2d(4, activation="relu"), Conv2d(4, 4, 3, groups=4), ConvTranspose2d(4, 4, 3)]
+    model = fastconv.optimize(nn.Sequential(*kinds))
+    for i, module in enumerate(kinds):
+        assert row(model, str(i)).reason == "it is a module of this library already"
+        assert type(fastconv.restore(model)[i]) is type(module)
 
 
 @needs_kernel

@@ -43,7 +43,10 @@ void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
 
 template <typename T>
 const T* const_data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
+  const void* data = tensor.const_data_ptr();
+  STD_TORCH_CHECK(data != nullptr || tensor.numel() == 0,
+                  "a tensor has values, but its memory is not allocated");
+  return static_cast<const T*>(data);
 }
 template <typename T>
 const T* const_data(const std::optional<Tensor>& tensor) {

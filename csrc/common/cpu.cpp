@@ -35,6 +35,15 @@ CpuCapability cpu_capability() {
   return capability;
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has && cpu_capability() == CpuCapability::avx512;
+#else
+  return false;
+#endif
+}
+
 const char* cpu_capability_name(CpuCapability capability) {
   switch (capability) {
     case CpuCapability::avx512:

@@ -49,6 +49,7 @@ CpuCapability best_cpu_capability();  // of this processor
 // The best instruction set of this processor, or the one that the environment variable
 // FASTCONV_CPU_CAPABILITY names; read once.
 CpuCapability cpu_capability();
+bool multiplies_bfloat16();  // has VDPBF16PS beside AVX-512, and may use it
 const char* cpu_capability_name(CpuCapability capability);
 
 // Calls body(begin, end, context) on parts of [0, count) from several threads. The caller brings the

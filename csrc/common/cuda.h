@@ -61,24 +61,141 @@ __device__ __forceinline__ void store_shared(T* address, std::type_identity_t<T>
 }
 
 // Starts to copy one value of 2, 4, 8 or 16 bytes to shared memory, or zero where `active` is false. The
-// value is there after wait_for_copies() and a barrier; meanwhile it takes no register.
+// value is there after wait_for_copies() and a barrier; meanwhile it takes no register (but 2 bytes, for
+// which there is no such copy, go through one at once).
 template <typename T>
 __device__ __forceinline__ void copy_to_shared(T* shared, const T* global, bool active FASTCONV_AND_SITE) {
   FASTCONV_ACCESS(global_load, global, active);
   FASTCONV_ACCESS(shared_store, shared, true);
-#if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) >= 4) {
+#if defined(FASTCONV_EMULATOR)
+    ::emulator::copy_later(shared, active ? global : nullptr, sizeof(T));
+#elif defined(__CUDA_ARCH__)
     __pipeline_memcpy_async(shared, global, sizeof(T), active ? 0 : sizeof(T));
-    return;
-  }
 #endif
-  *shared = active ? *global : T{};
+  } else {
+    *shared = active ? *global : T{};
+  }
+}
+
+// Ends a group of copies: those that the thread has started since the group before.
+__device__ __forceinline__ void end_copy_group() {
+#if defined(FASTCONV_EMULATOR)
+  ::emulator::end_copy_group();
+#elif defined(__CUDA_ARCH__)
+  __pipeline_commit();
+#endif
+}
+
+// Waits for the thread's groups, all but the last `Pending`.
+template <int Pending>
+__device__ __forceinline__ void wait_for_copy_groups() {
+#if defined(FASTCONV_EMULATOR)
+  ::emulator::wait_for_copy_groups(Pending);
+#elif defined(__CUDA_ARCH__)
+  __pipeline_wait_prior(Pending);
+#endif
 }
 
 __device__ __forceinline__ void wait_for_copies() {
-#if defined(__CUDA_ARCH__)
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
+  end_copy_group();
+  wait_for_copy_groups<0>();
+}
+
+// A warp's matrices for its tensor core, in the fragments of PTX's mma.m16n8k16: a register has two values,
+// of adjacent k (a, b); with g = lane / 4 and t = lane % 4,
+//   a[0..3]: rows g, g + 8, g, g + 8, k from 2t, 2t, 2t + 8, 2t + 8;   b[0..1]: column g, k from 2t, 2t + 8;
+//   sums[0..3]: rows g, g, g + 8, g + 8, columns 2t, 2t + 1, 2t, 2t + 1.
+#if defined(FASTCONV_EMULATOR)
+struct MmaOperands {
+  float* sums;
+  const uint32_t *a, *b;
+};
+struct MatrixRow {
+  const uint16_t* row;
+  uint32_t* values;
+};
+#endif
+
+// sums (16, 8) += a (16, 16) * b (16, 8). T: Float16 or BFloat16. Every lane of the warp has to call it.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2] FASTCONV_AND_SITE) {
+  static_assert(sizeof(T) == 2);
+#if defined(FASTCONV_EMULATOR)
+  MmaOperands mine{sums, a, b};
+  const auto combine = [](void* const* lanes) {
+    const auto value = [](uint32_t word, int half) { return load(T{uint16_t(word >> (16 * half))}); };
+    float left[16][16], right[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto& operands = *static_cast<const MmaOperands*>(lanes[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 4; ++i)
+          left[g + i % 2 * 8][2 * t + half + i / 2 * 8] = value(operands.a[i], half);
+        for (int i = 0; i < 2; ++i) right[2 * t + half + i * 8][g] = value(operands.b[i], half);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+        static_cast<const MmaOperands*>(lanes[lane])->sums[i] += sum;
+      }
+  };
+  ::emulator::warp_exchange("mma_m16n8k16", &mine, combine, site);
+#elif defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, Float16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#endif
+}
+
+// Four 8 x 8 matrices of 2-byte values from shared memory: lane l gives the address of row l % 8 (16 bytes,
+// on a 16-byte boundary) of matrix l / 8, and gets from each matrix row g, columns 2t and 2t + 1; of its
+// transpose, where Transposed.
+template <bool Transposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&values)[4], const void* row FASTCONV_AND_SITE) {
+#if defined(FASTCONV_EMULATOR)
+  if (::emulator::counting) ::emulator::count_access(::emulator::Memory::shared_load, row, 16, true, site);
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    throw std::runtime_error("load_matrices: a row is not on a 16-byte boundary");
+  MatrixRow mine{static_cast<const uint16_t*>(row), values};
+  const auto combine = [](void* const* lanes) {
+    const auto of = [&](int lane) { return *static_cast<const MatrixRow*>(lanes[lane]); };
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int g = lane / 4, t = lane % 4;
+        const uint32_t low = Transposed ? of(8 * i + 2 * t).row[g] : of(8 * i + g).row[2 * t];
+        const uint32_t high = Transposed ? of(8 * i + 2 * t + 1).row[g] : of(8 * i + g).row[2 * t + 1];
+        of(lane).values[i] = low | high << 16;
+      }
+  };
+  ::emulator::warp_exchange("load_matrices", &mine, combine, site);
+#elif defined(__CUDA_ARCH__)
+  const unsigned address = unsigned(__cvta_generic_to_shared(row));
+  if constexpr (Transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+                 : "r"(address)
+                 : "memory");
+  }
 #endif
 }
 #undef FASTCONV_ACCESS

@@ -90,6 +90,18 @@ Geometry grad_input_geometry(const Shape& s) {
   return g;
 }
 
+// The same with every phase of the stride, also those that an image smaller than it has no pixel of: packed
+// weights serve every image.
+template <typename Shape>
+Geometry transposed_geometry(Shape s) {
+  const int64_t height = s.in_height, width = s.in_width;
+  s.in_height = std::max(height, s.stride_height);
+  s.in_width = std::max(width, s.stride_width);
+  Geometry g = grad_input_geometry(s);
+  g.out_height = height, g.out_width = width;
+  return g;
+}
+
 // Outputs of a phase in a row.
 inline int64_t phase_columns(const Geometry& g, const Phase& phase) {
   return ceil_div(g.out_width - phase.first_column, phase.column_step);

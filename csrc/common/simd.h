@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #endif
 
+#include <concepts>
+
 #include "activation.h"
 #include "types.h"
 
@@ -19,7 +21,7 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
-template <typename A>  // A: float or double
+template <std::floating_point A>
 struct VectorType {
   typedef A type __attribute__((vector_size(vector_bytes)));
 };

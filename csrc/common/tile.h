@@ -47,21 +47,22 @@ Block<A> tile_block(A* tile, int64_t first, int64_t width) {
 }
 
 // Copies rows [begin, end) of `count` valid lanes into a (rows, width, lanes) tile; other lanes repeat the
-// last. In a contiguous image the rows of a channel are one run, transposed L pixels at a time.
+// last. In a contiguous image the rows of a channel are one run, transposed L pixels at a time. `step`:
+// between two pixels of the tile.
 template <typename T, typename A>
 void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, int64_t begin, int64_t end,
-               A* tile) {
+               A* tile, int64_t step = lanes_of<A>) {
   constexpr int L = lanes_of<A>;
   const int64_t pixels = (end - begin) * image.width, first = begin * image.width;
   if (image.channels_last) {
     const T* pixel = image.data + first * image.channels;
     if (count == L && lanes.is_identity()) {
       for (int64_t k = 0; k < pixels; ++k)
-        store_vector(tile + k * L, load_vector(pixel + k * image.channels + lanes.first));
+        store_vector(tile + k * step, load_vector(pixel + k * image.channels + lanes.first));
     } else {
       for (int64_t k = 0; k < pixels; ++k, pixel += image.channels)
         for (int64_t lane = 0; lane < L; ++lane)
-          tile[k * L + lane] = load(pixel[lanes.channel(std::min(lane, count - 1))]);
+          tile[k * step + lane] = load(pixel[lanes.channel(std::min(lane, count - 1))]);
     }
     return;
   }
@@ -70,14 +71,61 @@ void load_tile(const Image<const T>& image, const Lanes& lanes, int64_t count, i
     runs[lane] = image.data + lanes.channel(std::min(lane, count - 1)) * image.channel_stride() + first;
   const auto load_square = [&](int64_t k) {
     transpose_square<A>([&](int lane) { return runs[lane] + k; },
-                        [&](int pixel) { return tile + (k + pixel) * L; });
+                        [&](int pixel) { return tile + (k + pixel) * step; });
   };
   int64_t k = 0;
   for (; k + L <= pixels; k += L) load_square(k);
   if (k == pixels) return;
   if (pixels >= L) return load_square(pixels - L);  // overlaps the square before
   for (; k < pixels; ++k)
-    for (int lane = 0; lane < L; ++lane) tile[k * L + lane] = load(runs[lane][k]);
+    for (int lane = 0; lane < L; ++lane) tile[k * step + lane] = load(runs[lane][k]);
+}
+
+template <typename T, typename A>
+void convert_run(const T* source, A* target, int64_t count) {
+  constexpr int64_t L = lanes_of<A>;
+  int64_t k = 0;
+  for (; k + L <= count; k += L) store_vector(target + k, load_vector(source + k));
+  for (; k < count; ++k) target[k] = load(source[k]);
+}
+
+// Copies pixels [first, first + pixels) of channels [channel, channel + channels) into a (pixels, channels)
+// tile.
+template <typename T, typename A>
+void load_pixels(const Image<const T>& image, int64_t channel, int64_t channels, int64_t first,
+                 int64_t pixels, A* tile) {
+  constexpr int64_t L = lanes_of<A>;
+  const int64_t plane = image.height * image.width;
+  if (image.channels_last) {
+    const T* source = image.data + first * image.channels + channel;
+    const bool whole = channels == image.channels;
+    const int64_t length = whole ? pixels * channels : channels;
+    for (int64_t k = 0; k < (whole ? 1 : pixels); ++k)
+      convert_run(source + k * image.channels, tile + k * channels, length);
+    return;
+  }
+  const T* source = image.data + channel * plane + first;
+  const T* end = image.data + image.channels * plane;
+  if (channels < L) {
+    for (int64_t k = 0; k < pixels; ++k)
+      for (int64_t c = 0; c < channels; ++c) tile[k * channels + c] = load(source[c * plane + k]);
+    return;
+  }
+  for (int64_t block = 0; block < channels; block += L) {
+    const int64_t c = std::min(block, channels - L);  // the last block overlaps the one before
+    for (int64_t k = 0; k < pixels; k += L) {
+      T rest[L];
+      A nowhere[L];  // takes what is read beyond the pixels
+      transpose_square<A>(
+          [&](int lane) {
+            const T* at = source + (c + lane) * plane + k;
+            if (at + L <= end) return at;
+            std::copy(at, end, rest);
+            return static_cast<const T*>(rest);
+          },
+          [&](int pixel) { return k + pixel < pixels ? tile + (k + pixel) * channels + c : nowhere; });
+    }
+  }
 }
 
 // The way back: rows [begin, end) of a (rows, width, lanes) tile into the image.

@@ -22,6 +22,11 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Two values that a processor multiplies in one step.
+struct BFloat16Pair {
+  BFloat16 low, high;
+};
+
 // macro(T) for every type that kernels take.
 #define FASTCONV_EACH_TYPE(macro) macro(float) macro(double) macro(BFloat16) macro(Float16)
 

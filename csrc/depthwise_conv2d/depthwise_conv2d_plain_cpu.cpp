@@ -4,37 +4,17 @@
 // Bytes: every input is read kernel_height * kernel_width times from the caches; neighbours share nothing.
 // Limits: no vectors, no reuse in registers, a test for the border at every tap. Read it first: it is what
 //   the other variants are measured against.
+#include "../common/image.h"
 #include "depthwise_conv2d.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
-namespace {
-
-// Where the value at (n, c, h, w) of a tensor with these sizes lies.
-struct Index {
-  int64_t channels, height, width;
-  bool channels_last;
-
-  int64_t operator()(int64_t n, int64_t c, int64_t h, int64_t w) const {
-    return channels_last ? ((n * height + h) * width + w) * channels + c
-                         : ((n * channels + c) * height + h) * width + w;
-  }
-};
-
-Index input_index(const DepthwiseConv2dShape& s) {
-  return {s.in_channels, s.in_height, s.in_width, s.channels_last};
-}
-Index output_index(const DepthwiseConv2dShape& s) {
-  return {s.out_channels, s.out_height, s.out_width, s.channels_last};
-}
-
-}  // namespace
 
 template <typename T>
 void depthwise_conv2d_plain_forward_cpu(const T* input, const T* weight, const T* bias, T* output,
                                         const DepthwiseConv2dShape& s, Activation activation,
                                         ParallelFor threads) {
   using A = accumulate_t<T>;
-  const Index in = input_index(s), out = output_index(s);
+  const ImageIndex in = input_index(s), out = output_index(s);
   parallel_for(threads, s.batch * s.out_channels, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t n = plane / s.out_channels, o = plane % s.out_channels;
@@ -59,7 +39,7 @@ template <typename T>
 void depthwise_conv2d_plain_grad_input_cpu(const T* grad_output, const T* weight, T* grad_input,
                                            const DepthwiseConv2dShape& s, ParallelFor threads) {
   using A = accumulate_t<T>;
-  const Index in = input_index(s), out = output_index(s);
+  const ImageIndex in = input_index(s), out = output_index(s);
   parallel_for(threads, s.batch * s.in_channels, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t n = plane / s.in_channels, c = plane % s.in_channels;
@@ -89,7 +69,7 @@ void depthwise_conv2d_plain_grad_weight_cpu(const T* grad_output, const T* input
                                             T* grad_bias, const DepthwiseConv2dShape& s,
                                             ParallelFor threads) {
   using A = accumulate_t<T>;
-  const Index in = input_index(s), out = output_index(s);
+  const ImageIndex in = input_index(s), out = output_index(s);
   parallel_for(threads, s.out_channels, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {
       for (int64_t i = 0; i < s.kernel_height; ++i)

@@ -28,6 +28,13 @@ constexpr size_t max_shared_bytes = 227 << 10;
 
 enum class State { ready, at_barrier, in_warp, done };
 
+struct Copy {
+  void* target;
+  size_t bytes;
+  int group;
+  unsigned char values[16];
+};
+
 struct Thread {
   uint3 index;
   State state;
@@ -38,6 +45,11 @@ struct Thread {
   unsigned mask;
   int source;
   uint64_t value;
+  void (*combine)(void* const*);  // of an exchange, else null
+  void* data;
+  // Copies to shared memory that it has not waited for, and the groups that it has ended.
+  std::vector<Copy> copies;
+  int groups;
 };
 
 struct Warp {               // bit i is lane i
@@ -111,6 +123,16 @@ bool finish_collective(Thread* thread) {
       return false;
     lanes[lane] = other;
   }
+  if (thread->combine != nullptr) {
+    void* data[warpSize];
+    for (int lane = 0; lane < warpSize; ++lane) {
+      if (lanes[lane] == nullptr)
+        fail(std::string(thread->function) + " at " + text(thread->site) + ": lane " + std::to_string(lane) +
+             " of the warp of thread " + text(thread->index) + " does not take part");
+      data[lane] = lanes[lane]->data;
+    }
+    thread->combine(data);
+  }
   warp.waiting &= ~mask;
   uint64_t votes = 0, values[warpSize] = {};
   for (int lane = 0; lane < warpSize; ++lane) {
@@ -131,8 +153,18 @@ bool finish_collective(Thread* thread) {
   return true;
 }
 
+void enter_warp_function(const char* name, Site site) {
+  current->function = name;
+  current->site = site;
+  current->state = State::in_warp;
+  block.warps[warp_of(current)].waiting |= 1u << lane();
+  if (!finish_collective(current)) wait();
+}
+
 void finish_thread() {
   current->state = State::done;
+  current->copies.clear();
+  current->groups = 0;
   ++block.done;
   Warp& warp = block.warps[warp_of(current)];
   warp.alive &= ~(1u << lane());
@@ -273,15 +305,38 @@ uint64_t warp_collective(const char* name, unsigned mask, uint64_t value, int so
   if (!(mask >> lane() & 1))
     fail("thread " + text(current->index) + " calls " + name + " at " + text(site) +
          " with a mask that leaves it out");
-  current->site = site;
-  current->function = name;
   current->mask = mask;
   current->source = source;
   current->value = value;
-  current->state = State::in_warp;
-  block.warps[warp_of(current)].waiting |= 1u << lane();
-  if (!finish_collective(current)) wait();
+  current->combine = nullptr;
+  enter_warp_function(name, site);
   return current->value;
+}
+
+void warp_exchange(const char* name, void* data, void (*combine)(void* const*), Site site) {
+  current->mask = 0xffffffff;
+  current->source = vote;
+  current->combine = combine;
+  current->data = data;
+  enter_warp_function(name, site);
+}
+
+void copy_later(void* target, const void* source, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(target) % bytes != 0 || reinterpret_cast<uintptr_t>(source) % bytes != 0)
+    fail("thread " + text(current->index) + " copies " + std::to_string(bytes) +
+         " bytes from or to an address that is no multiple of them");
+  Copy& copy = current->copies.emplace_back(Copy{target, bytes, current->groups, {}});
+  if (source != nullptr) memcpy(copy.values, source, bytes);
+}
+
+void end_copy_group() { ++current->groups; }
+
+void wait_for_copy_groups(int pending) {
+  std::erase_if(current->copies, [&](const Copy& copy) {
+    const bool arrives = copy.group + pending < current->groups;
+    if (arrives) memcpy(copy.target, copy.values, copy.bytes);
+    return arrives;
+  });
 }
 
 void run(std::string_view kernel, dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(void*),

@@ -7,6 +7,9 @@
 //     that waits at another one, is an error.
 //   - warp functions (__syncwarp, __shfl_*, __ballot_, __any_, __all_sync): every thread of the mask that has
 //     not returned must come to the same call with the same mask; a shuffle must read a lane that takes part.
+//   - an exchange of registers or rows (mma, ldmatrix: common/cuda.h): every lane of the warp must come to
+//   it.
+//   - an asynchronous copy to shared memory arrives when its thread waits for it, and not before.
 //   - shared memory holds NaN (all bits set) when a block starts, where it is dynamic; it is as large as
 //   asked
 //     for and no larger, so an address sanitizer sees every step outside.
@@ -78,6 +81,16 @@ void block_barrier(Site site);
 inline constexpr int vote = -1;
 uint64_t warp_collective(const char* name, unsigned mask, uint64_t value, int source, Site site);
 int lane();
+
+// Waits for every lane of the warp; the last one calls combine(data of lane 0, 1, ... 31), which may write to
+// what the lanes have brought.
+void warp_exchange(const char* name, void* data, void (*combine)(void* const* lanes), Site site);
+
+// Copies to shared memory (of zeros, where `source` is null) in groups, as cp.async makes them: a thread
+// ends a group, and waits until at most `pending` of its groups are under way.
+void copy_later(void* target, const void* source, size_t bytes);
+void end_copy_group();
+void wait_for_copy_groups(int pending);
 
 void run(std::string_view kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
          void* arguments);

@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         result = results.collect(op, groups, ceilings, args.dtype, args.device_name)
         console.print(report.table(result))
         refused += report.refusals(result)
+        for line in report.left_out(result):
+            console.print(f"left out: {line}", style="dim", markup=False)
         for doubt in report.doubts(result):
             console.print(doubt, style="yellow", markup=False)
         if partial is not None:

@@ -30,8 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--layout",
         choices=LAYOUTS,
-        default="nhwc",
-        help="of the tensors; nhwc: channels_last (default: nhwc)",
+        help="of the tensors; nhwc: channels_last (default: one that all the operator's algorithms serve)",
     )
     add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -59,17 +58,20 @@ def run(args: argparse.Namespace) -> int:
         limits = ceilings.measure(args.device)
     except RuntimeError as error:
         raise UserError(str(error)) from None
-    steps = climb(harness, args.op, args.device, args.layout)
+    layout = args.layout or benchmark.ladder_layout
+    steps = climb(harness, args.op, args.device, layout)
     refused = []
     for direction in args.passes:
         problem = harness.Problem(benchmark, layers[0], direction, getattr(torch, args.dtype), args.device)
         with console.status(f"{problem}, {len(steps)} steps"):
             group = problem.measure(steps, rounds=args.rounds, seconds=args.seconds, ceilings=limits)
-            proven = untimed(harness, problem, args.layout)
+            proven = untimed(harness, problem, layout)
         console.print(table(group, limits))
-        if proven:
-            names = ", ".join(entry["kernel"] for entry in proven if not entry["refused"])
-            console.print(f"right on a tiny layer, not timed: {names}")
+        for name, reason in group["left_out"].items():
+            console.print(f"left out: {name}: {reason}", style="dim", markup=False)
+        right = [entry["kernel"] for entry in proven if not (entry["refused"] or entry["left_out"])]
+        if right:
+            console.print(f"right on a tiny layer, not timed: {', '.join(right)}")
         refused += [entry for entry in group["contenders"] + proven if entry["refused"]]
     for entry in refused:
         console.print(f"{entry['name']}: {entry['refused']}", style="red", markup=False)
@@ -82,7 +84,8 @@ def climb(harness, op: str, device: str, layout: str) -> list:
 
     def steps(name: str) -> list:
         algorithms = backends.CHOICES[op].algorithms[name] or (None,)
-        return [harness.Contender("fastconv", layout, name, algorithm) for algorithm in reversed(algorithms)]
+        plainest_first = harness.load(op).ladder_steps.get(name, algorithms[::-1])
+        return [harness.Contender("fastconv", layout, name, algorithm) for algorithm in plainest_first]
 
     timed = [name for name in backends.available(op, device) if name not in (*_not_timed(device), "aten")]
     compiled = [name for name in timed if name != "reference"]

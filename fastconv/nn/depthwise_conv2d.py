@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ..ops._activation import check_activation
-from ..ops._arguments import DTYPES
-from ..ops.depthwise_conv2d import choose, depthwise_conv2d
-from ._rules import check_backend, no_kernel, replaces, serves
+from ..ops.depthwise_conv2d import depthwise_conv2d
+from ._convolution import Convolution, is_depthwise, takes
+from ._rules import check_backend, replaces, serves
 
 
 @replaces(nn.Conv2d, op="depthwise_conv2d", where=lambda module: module.groups == module.in_channels > 1)
-class DepthwiseConv2d(nn.Conv2d):
+class DepthwiseConv2d(Convolution, nn.Conv2d):
     """Depthwise 2-D convolution: ``torch.nn.Conv2d(..., groups=in_channels)`` with an activation folded in.
 
     Parameters, initial values and state_dict keys are those of ``torch.nn.Conv2d``: ``weight``
@@ -35,9 +35,9 @@ class DepthwiseConv2d(nn.Conv2d):
     Reference: Howard et al., "MobileNets", 2017, arXiv:1704.04861.
     """
 
-    # On the class, so that a torch.nn.Conv2d whose class is changed has them too.
+    op = "depthwise_conv2d"
+    keywords = ("activation", "backend")
     activation: str | None = None
-    backend: str | None = None
 
     def __init__(
         self,
@@ -85,14 +85,9 @@ class DepthwiseConv2d(nn.Conv2d):
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         # torch.nn.Conv2d.forward calls this with self.weight and self.bias.
-        if input.dim() == 3:
-            return self._conv_forward(input.unsqueeze(0), weight, bias).squeeze(0)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            sides = self._reversed_padding_repeated_twice
-            input, padding = nn.functional.pad(input, sides, mode=self.padding_mode), 0
-        return depthwise_conv2d(
-            input,
+        images, padding = self._images(input)
+        output = depthwise_conv2d(
+            images,
             weight,
             bias,
             self.stride,
@@ -101,21 +96,11 @@ class DepthwiseConv2d(nn.Conv2d):
             activation=self.activation,
             backend=self.backend,
         )
-
-    def why_not(self) -> str | None:
-        """Why no kernel serves this module, whatever its input; None if one does."""
-        if self.weight.dtype not in DTYPES:
-            return f"no kernel for {str(self.weight.dtype).removeprefix('torch.')} weights"
-        return no_kernel("depthwise_conv2d", self.backend, self.weight)
+        return output if input.dim() == 4 else output.squeeze(0)
 
     def kernel(self, input: torch.Tensor) -> tuple[str, str | None]:
         """The backend and the algorithm that run on an input; raises BackendError if a named one cannot."""
-        backend = choose(self.backend, None, input, self.weight, self.stride, self.dilation)
-        return backend, next(iter(choose.algorithms[backend]), None)
-
-    def extra_repr(self) -> str:
-        own = [f"{name}={value!r}" for name in ("activation", "backend") if (value := getattr(self, name))]
-        return ", ".join([super().extra_repr(), *own])
+        return self._kernel(self._images(input)[0], self.stride, self.dilation)
 
 
 @serves(torch.nn.functional.conv2d)
@@ -129,12 +114,6 @@ def _serve(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ):
-    tensors = [input, weight] if bias is None else [input, weight, bias]
-    if not all(type(t) in (torch.Tensor, nn.Parameter) and t.layout == torch.strided for t in tensors):
-        return None
-    if input.dim() != 4 or weight.dim() != 4 or not groups == input.shape[1] > 1 or weight.shape[1] != 1:
-        return None
-    same_dtype = torch.is_autocast_enabled(input.device.type) or all(t.dtype == input.dtype for t in tensors)
-    if not same_dtype or not all(t.dtype in DTYPES and t.device == input.device for t in tensors):
+    if not takes(input, weight, bias) or groups != input.shape[1] or not is_depthwise(weight, groups):
         return None
     return lambda: depthwise_conv2d(input, weight, bias, stride, padding, dilation, backend=backend)

@@ -27,6 +27,22 @@ library = torch.library.Library("fastconv", "FRAGMENT")
 OVERLOADS = {"cpu": "", "cuda": "", "emulator": "emulator", "triton": "triton"}
 
 
+def autocast(device_type: str, arguments: Sequence[Any]) -> list[Any]:
+    """Casts float tensors to the type that ``torch.autocast`` asks for on a device type.
+
+    float64 tensors are left alone, as PyTorch's own convolutions leave them.
+    """
+    dtype = torch.get_autocast_dtype(device_type)
+    return [
+        argument.to(dtype)
+        if isinstance(argument, torch.Tensor)
+        and argument.is_floating_point()
+        and argument.dtype != torch.float64
+        else argument
+        for argument in arguments
+    ]
+
+
 class Operator:
     """One operator of the library, registered with PyTorch for every kind of kernel.
 
@@ -43,7 +59,8 @@ class Operator:
         check: ``check(*arguments)`` raises on arguments that do not fit together. It runs before Triton's
             kernels; the compiled ones check for themselves.
         triton: ``"module:function"`` below ``fastconv.kernels`` that launches the Triton kernels.
-        autocast: whether ``torch.autocast`` casts the tensors; not where the operator does no arithmetic.
+        autocast: ``autocast(device_type, arguments) -> arguments`` as ``torch.autocast`` wants them; None
+            where the operator does no arithmetic.
     """
 
     def __init__(
@@ -58,7 +75,7 @@ class Operator:
         flops: Callable[..., int],
         check: Callable[..., object],
         triton: str,
-        autocast: bool = True,
+        autocast: Callable[[str, Sequence[Any]], Sequence[Any]] | None = autocast,
     ) -> None:
         self.name = name
         self._check = check
@@ -74,7 +91,8 @@ class Operator:
             torch.library.register_fake(qualname, fake, lib=library)
             torch.library.register_vmap(qualname, self._vmap_for(op, vmap), lib=library)
             for device_type in ("CPU", "CUDA") if autocast else ():
-                library.impl(qualname, self._autocast_for(op, device_type), f"Autocast{device_type}")
+                cast = self._autocast_for(op, device_type, autocast)
+                library.impl(qualname, cast, f"Autocast{device_type}")
             self._ops[overload] = op
             self._functions[overload] = type(
                 f"{_camel_case(name)}Function",
@@ -99,7 +117,15 @@ class Operator:
 
     def __call__(self, backend: str, *arguments: Any) -> Any:
         """Runs the operator with one backend's kernels, differentiably."""
-        return self._ops[OVERLOADS[backend]](*arguments)
+        op = self._ops[OVERLOADS[backend]]
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or _is_differentiated(arguments)
+        ):
+            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():  # the way there takes as long as a small convolution
+            return op(*arguments)
 
     def _launch_triton(self, *arguments: Any) -> Any:
         self._check(*arguments)
@@ -121,7 +147,7 @@ class Operator:
         front = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
 
         def differentiable(*arguments: Any) -> Any:
-            if not (torch.is_grad_enabled() and _any_requires_grad(arguments)):
+            if not _is_differentiated(arguments):
                 with torch._C._AutoDispatchBelowAutograd():
                     return op(*arguments)
             if not torch._C._are_functorch_transforms_active():
@@ -139,7 +165,7 @@ class Operator:
         return lambda info, in_dims, *arguments: vmap(op, info, in_dims, *arguments)
 
     @staticmethod
-    def _autocast_for(op: Any, device_type: str) -> Callable[..., Any]:
+    def _autocast_for(op: Any, device_type: str, autocast: Callable[..., Any]) -> Callable[..., Any]:
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type}"))
 
         def cast(*arguments: Any) -> Any:
@@ -147,22 +173,6 @@ class Operator:
                 return op(*autocast(device_type.lower(), arguments))
 
         return cast
-
-
-def autocast(device_type: str, arguments: Sequence[Any]) -> list[Any]:
-    """Casts float tensors to the type that ``torch.autocast`` asks for on a device type.
-
-    float64 tensors are left alone, as PyTorch's own convolutions leave them.
-    """
-    dtype = torch.get_autocast_dtype(device_type)
-    return [
-        argument.to(dtype)
-        if isinstance(argument, torch.Tensor)
-        and argument.is_floating_point()
-        and argument.dtype != torch.float64
-        else argument
-        for argument in arguments
-    ]
 
 
 def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
@@ -188,6 +198,18 @@ def new_output(input: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
+def as_memory_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """The 4-D tensor itself where :func:`memory_format_of` says so, else a copy; differentiable, mappable.
+
+    Not ``Tensor.contiguous``, which takes a tensor of one channel or pixel for either format.
+    """
+    if memory_format_of(tensor) == memory_format:
+        return tensor
+    if memory_format == torch.channels_last:
+        return tensor.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def fold_into_batch(op: Any, info: Any, in_dims: Sequence[int | None], input: torch.Tensor, *rest: Any):
     """``vmap`` where only the input is mapped: more images."""
     folded = input.movedim(in_dims[0], 0)
@@ -195,8 +217,42 @@ def fold_into_batch(op: Any, info: Any, in_dims: Sequence[int | None], input: to
     return output.unflatten(0, folded.shape[:2]), 0
 
 
-def _any_requires_grad(arguments: Sequence[Any]) -> bool:
-    return any(isinstance(argument, torch.Tensor) and argument.requires_grad for argument in arguments)
+def fold_into(dim: int, tensor: torch.Tensor, in_dim: int | None, count: int) -> torch.Tensor:
+    """``vmap``: folds a mapped dimension of ``count`` into ``dim``; an unmapped tensor is repeated."""
+    if in_dim is None:
+        tensor = tensor.unsqueeze(dim)
+        tensor = tensor.expand(*tensor.shape[:dim], count, *tensor.shape[dim + 1 :])
+    else:
+        tensor = tensor.movedim(in_dim, dim)
+    return tensor.flatten(dim, dim + 1)
+
+
+def map_one_by_one(op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any):
+    """``vmap`` as a loop, for what cannot be folded into one call."""
+    results = []
+    for i in range(info.batch_size):
+        here = (
+            a.select(d, i) if isinstance(a, torch.Tensor) and d is not None else a
+            for a, d in zip(arguments, in_dims)
+        )
+        results.append(op(*here))
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
+
+
+def _is_differentiated(arguments: Sequence[Any]) -> bool:
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    forward_ad = torch.autograd.forward_ad
+    if (
+        forward_ad._current_level >= 0
+        and torch._C._is_fwd_grad_enabled()
+        and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    ):
+        raise NotImplementedError(
+            "fastconv's kernels have no forward-mode derivatives: use reverse mode, or backend='aten'"
+        )
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _plain_call(op: Any) -> Callable[..., Any]:

@@ -126,7 +126,7 @@ operator = Operator(
     flops=lambda *_, out_shape: 0,
     check=_check,
     triton="channel_shuffle:channel_shuffle_forward_triton",
-    autocast=False,
+    autocast=None,
 )
 
 ChannelShuffleFunction = operator.function()

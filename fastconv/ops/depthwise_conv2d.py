@@ -10,7 +10,7 @@ import torch
 from ..backends import Choice
 from ._activation import FROM_OUTPUT, activate, activation_backward, check_activation
 from ._arguments import check_integers, check_tensor, output_size, padding_sides, pair
-from ._operator import Operator, autocast, fold_into_batch, memory_format_of, new_output
+from ._operator import Operator, autocast, fold_into, fold_into_batch, memory_format_of, new_output
 
 
 def depthwise_conv2d_reference(
@@ -207,20 +207,10 @@ def _vmap(op, info, in_dims, input, weight, bias, *rest):
     if in_dims[1] is None and (bias is None or in_dims[2] is None):
         return fold_into_batch(op, info, in_dims, input, weight, bias, *rest)
     count = info.batch_size
-    input = _channels_from_map(input, in_dims[0], count, 1)
-    weight = _channels_from_map(weight, in_dims[1], count, 0)
-    bias = None if bias is None else _channels_from_map(bias, in_dims[2], count, 0)
+    input = fold_into(1, input, in_dims[0], count)
+    weight = fold_into(0, weight, in_dims[1], count)
+    bias = None if bias is None else fold_into(0, bias, in_dims[2], count)
     return op(input, weight, bias, *rest).unflatten(1, (count, -1)), 1
-
-
-def _channels_from_map(tensor: torch.Tensor, in_dim: int | None, count: int, channel_dim: int):
-    """Folds a mapped dimension into the channels; an unmapped tensor is repeated."""
-    if in_dim is None:
-        tensor = tensor.unsqueeze(channel_dim)
-        tensor = tensor.expand(*tensor.shape[:channel_dim], count, *tensor.shape[channel_dim + 1 :])
-    else:
-        tensor = tensor.movedim(in_dim, channel_dim)
-    return tensor.flatten(channel_dim, channel_dim + 1)
 
 
 def _flops(input, weight, *_, out_shape):
@@ -302,9 +292,9 @@ def _backward_backward(ctx: Any, grad_grad_input, grad_grad_weight, grad_grad_bi
 def _backward_vmap(op, info, in_dims, grad_output, input, weight, *rest):
     count = info.batch_size
     grads = op(
-        _channels_from_map(grad_output, in_dims[0], count, 1),
-        _channels_from_map(input, in_dims[1], count, 1),
-        _channels_from_map(weight, in_dims[2], count, 0),
+        fold_into(1, grad_output, in_dims[0], count),
+        fold_into(1, input, in_dims[1], count),
+        fold_into(0, weight, in_dims[2], count),
         *rest,
     )
     need_input, need_weight, need_bias = rest[-3:]

@@ -14,6 +14,7 @@ from .._format import milliseconds, progress_on_terminal
 from .._timing import busy
 from ..cost import is_layer
 from ..nn._rules import Rule, check_backend, rule_for, rules
+from ..ops._packed_weights import clear_packed_weights
 from ._report import EACH_CALL, REPORTS, SWAPPED_FROM, LayerReport, Report
 from ._trial import Call, Facts, LayerTrial, Parity, bare, parity, rounding_noise, run, watch
 
@@ -153,6 +154,7 @@ def _optimize(
     for done, (module, rule) in enumerate(candidates.items()):
         _try(rows[module], module, rule, backend, list(calls.pop(module).values()), facts.get(module))
         progress(done + 1, len(candidates), rows[module].name)
+    clear_packed_weights()  # most likely of layers that stay with PyTorch
     winners = [module for module in candidates if rows[module].kernel is not None]
     if winners:
         with rounding_noise(winners):
@@ -232,8 +234,6 @@ def why_no_rule(module: nn.Module) -> str:
     for rule in rules():
         if kind is not rule.source and isinstance(module, rule.source):
             return f"its type is {kind.__name__}, not exactly {rule.source.__name__}"
-    if isinstance(module, nn.Conv2d):
-        return f"no kernel for {'dense' if module.groups == 1 else 'grouped'} convolution yet"
     return f"no kernel for {kind.__name__} yet"
 
 

@@ -290,7 +290,8 @@ class LayerTrial:
 
     def kernel(self) -> tuple[str, str | None]:
         call = self.calls[0]
-        return bare(self.module, self.target, self.backend).kernel(*call.args, **call.kwargs)
+        with torch.set_grad_enabled(self.trains()):  # as it will be timed
+            return bare(self.module, self.target, self.backend).kernel(*call.args, **call.kwargs)
 
     def why_not_exact(self) -> str | None:
         """Compares both with the original in float64; the other may err a little more than the original."""

@@ -1,0 +1,120 @@
+// Binds the convolution's kernels to torch.ops.fastconv.
+#include "conv2d.h"
+
+#include <tuple>
+
+#include "conv2d_binding.h"
+
+namespace fastconv {
+namespace {
+
+Conv2dShape make_shape(const Tensor& input, const Tensor& weight, const Integers& stride,
+                       const Integers& padding, const Integers& dilation, int64_t groups) {
+  check_rank(input, 4, "input");
+  check_like(weight, input, "weight");
+  check_integers(padding, 4, 0, "padding");
+  Conv2dShape shape = make_shape_of_weight(weight, stride, {padding[0], padding[2]}, dilation, groups);
+  STD_TORCH_CHECK(input.size(1) == shape.in_channels, "weight must have size ", input.size(1), " / ", groups,
+                  " in dimension 1 (input's channels / groups), got ", weight.size(1));
+  shape.batch = input.size(0);
+  shape.in_height = input.size(2);
+  shape.in_width = input.size(3);
+  shape.out_height =
+      output_size(shape.in_height, shape.kernel_height, stride[0], padding[0] + padding[1], dilation[0]);
+  shape.out_width =
+      output_size(shape.in_width, shape.kernel_width, stride[1], padding[2] + padding[3], dilation[1]);
+  shape.channels_last = memory_format_of(input) == MemoryFormat::ChannelsLast;
+  return shape;
+}
+
+Integers output_sizes(const Conv2dShape& shape) {
+  return {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
+}
+
+void check_like_output(const Tensor& tensor, const Tensor& input, const Conv2dShape& shape,
+                       const char* name) {
+  check_rank(tensor, 4, name);
+  check_like(tensor, input, name);
+  const Integers expected = output_sizes(shape);
+  for (int dim = 0; dim < 4; ++dim) check_size(tensor, dim, expected[dim], name);
+}
+
+template <typename Backend>
+Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+               std::optional<Tensor> packed, Integers stride, Integers padding, Integers dilation,
+               int64_t groups, std::optional<std::string> activation, std::optional<std::string> algorithm) {
+  const Conv2dShape shape = make_shape(input, weight, stride, padding, dilation, groups);
+  check_bias(bias, input, shape.out_channels);
+  if (residual) {
+    check_like_output(*residual, input, shape, "residual");
+    residual = as_format(*residual, format_of(shape));
+  }
+  const Activation parsed = parse_activation(activation);
+  const Tensor output = new_tensor(output_sizes(shape), input, format_of(shape));
+  if (output.numel() == 0) return output;
+  input = as_format(input, format_of(shape));
+  const OnDeviceOf guard(input);
+  dispatch_dtype(input, "input", [&](auto element) {
+    using T = decltype(element);
+    const Conv2dEpilogue<T> epilogue{const_data<T>(bias), const_data<T>(residual), parsed};
+    Backend::template forward<T>(algorithm, input, weight, packed, epilogue, output, shape);
+  });
+  return output;
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Tensor weight, Integers stride,
+                                            Integers padding, Integers dilation, int64_t groups,
+                                            std::optional<std::string> algorithm, bool need_input,
+                                            bool need_weight, bool need_bias) {
+  const Conv2dShape shape = make_shape(input, weight, stride, padding, dilation, groups);
+  check_like_output(grad_output, input, shape, "grad_output");
+
+  const Integers nothing = {0};
+  const Tensor grad_input = new_tensor(need_input ? sizes_of(input) : nothing, input,
+                                       need_input ? format_of(shape) : MemoryFormat::Contiguous);
+  const bool weight_pass = need_weight || need_bias;  // one pass over grad_output serves both
+  const Tensor grad_weight = new_tensor(weight_pass ? sizes_of(weight) : nothing, input);
+  const Tensor grad_bias = new_tensor(need_bias ? Integers{shape.out_channels} : nothing, input);
+  if (grad_output.numel() == 0) {  // no outputs: nothing flows back
+    for (Tensor tensor : {grad_input, grad_weight, grad_bias}) torch::stable::zero_(tensor);
+    return {grad_input, need_weight ? grad_weight : new_tensor(nothing, input), grad_bias};
+  }
+  grad_output = as_format(grad_output, format_of(shape));
+  input = as_format(input, format_of(shape));
+  const OnDeviceOf guard(input);
+  dispatch_dtype(input, "input", [&](auto element) {
+    using T = decltype(element);
+    if (need_input)
+      Backend::template transpose<T>(algorithm, grad_output, weight, std::nullopt, nullptr, grad_input,
+                                     shape);
+    if (weight_pass)
+      Backend::template grad_weight<T>(algorithm, grad_output, input, grad_weight,
+                                       need_bias ? mutable_data<T>(grad_bias) : nullptr, shape);
+  });
+  return {grad_input, need_weight ? grad_weight : new_tensor(nothing, input), grad_bias};
+}
+
+#if !defined(FASTCONV_EMULATOR)
+Tensor pack_weight(Tensor weight, int64_t groups, std::string algorithm) {
+  const Conv2dShape shape = make_shape_of_weight(weight, {1, 1}, {0, 0}, {1, 1}, groups);
+  Tensor packed;
+  dispatch_dtype(weight, "weight", [&](auto element) {
+    using T = decltype(element);
+    const auto variant = asked_for(std::optional(algorithm), cpu_variants<Conv2dCpuVariant<T>>()).front();
+    packed = Cpu::pack<T>(variant, weight, shape);
+  });
+  return packed;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) {
+  library.impl("conv2d_pack_weight", TORCH_BOX(&pack_weight));
+}
+#endif
+
+}  // namespace
+
+FASTCONV_BIND(conv2d, forward)
+FASTCONV_BIND(conv2d_backward, backward)
+
+}  // namespace fastconv

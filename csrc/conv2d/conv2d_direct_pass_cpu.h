@@ -1,0 +1,340 @@
+// The pixels of a pass against panels of filters; see conv2d_direct_cpu.cpp.
+#pragma once
+
+#include "../common/tile.h"
+#include "conv2d_direct_cpu.h"
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+
+inline constexpr int64_t l2_bytes = 512 << 10;  // of a panel's weights that are used again and again
+inline constexpr int64_t chunk_pixels = 192;    // that a panel's weights serve before the next panel comes
+
+// How values are multiplied: each on its own, in the type of the sums, or bfloat16 two by two.
+template <typename E>
+constexpr int64_t values_in = std::is_same_v<E, BFloat16Pair> ? 2 : 1;
+template <typename E>
+using stored = std::conditional_t<std::is_same_v<E, BFloat16Pair>, BFloat16, E>;
+
+template <typename T, typename A>
+void load_operands(const Image<const T>& image, int64_t channel, int64_t channels, int64_t first,
+                   int64_t pixels, A* tile) {
+  load_pixels(image, channel, channels, first, pixels, tile);
+}
+
+// An odd channel is followed by a zero.
+inline void load_operands(const Image<const BFloat16>& image, int64_t channel, int64_t channels,
+                          int64_t first, int64_t pixels, BFloat16Pair* tile) {
+  const Scratch<float> values(pixels * channels);
+  load_pixels(image, channel, channels, first, pixels, values.data());
+  for (int64_t k = 0; k < pixels; ++k)
+    for (int64_t c = 0; c < channels; c += 2, ++tile) {
+      store(&tile->low, values.data()[k * channels + c]);
+      store(&tile->high, c + 1 < channels ? values.data()[k * channels + c + 1] : 0.0f);
+    }
+}
+
+struct Chunk {  // rows [begin, end) of a phase, counted through images
+  const Phase* phase;
+  int64_t begin, end;
+};
+
+// E: what is multiplied, A or BFloat16Pair.
+template <typename T, typename E>
+class Direct {
+ public:
+  using A = accumulate_t<T>;
+  static constexpr int64_t L = lanes_of<A>;
+
+  Direct(const T* input, const E* packed, const Conv2dEpilogue<T>& epilogue, T* output,
+         const DirectPass& pass)
+      : input_{input, pass.groups * pass.from_group, pass.geometry.in_height, pass.geometry.in_width,
+               pass.channels_last},
+        packed_(packed),
+        epilogue_(epilogue),
+        output_{output, pass.groups * pass.to_group, pass.geometry.out_height, pass.geometry.out_width,
+                pass.channels_last},
+        pass_(pass),
+        panels_{pass.to_group},
+        from_(ceil_div(pass.from_group, values_in<E>)),
+        in_place_(std::is_same_v<T, stored<E>> && pass.channels_last && pass.from_group % values_in<E> == 0),
+        pixel_stride_(in_place_ ? input_.channels / values_in<E> : from_) {
+    int64_t parts = 0;
+    for (const Phase& phase : pass.geometry.phases) {
+      const int64_t rows = std::max<int64_t>(1, chunk_pixels / std::max<int64_t>(1, pass.columns(phase)));
+      parts = std::max(parts, ceil_div(pass.batch * pass.rows(phase), rows));
+      longest_run_ = std::max(longest_run_, run(phase));
+    }
+    // Phases take turns, for they read the same pixels and write between each other's.
+    for (int64_t k = 0; k < parts; ++k)
+      for (const Phase& phase : pass.geometry.phases) {
+        const int64_t rows = pass.columns(phase) > 0 ? pass.batch * pass.rows(phase) : 0;
+        const Chunk chunk{&phase, rows * k / parts, rows * (k + 1) / parts};
+        if (chunk.begin == chunk.end) continue;
+        chunks_.push_back(chunk);
+        most_pixels_ = std::max(most_pixels_, (chunk.end - chunk.begin) * pass.columns(phase));
+        int64_t rows_read = 0;
+        for_images(chunk, [&](int64_t, Range read) { rows_read += read.end - read.begin; });
+        most_rows_read_ = std::max(most_rows_read_, rows_read);
+      }
+  }
+
+  int64_t items() const { return int64_t(chunks_.size()) * pass_.groups * panels_.count(); }
+
+  void compute(int64_t begin, int64_t end) const {
+    Worker worker(*this);
+    for (int64_t item = begin; item < end; ++item) {
+      const Chunk& chunk = chunks_[item / (pass_.groups * panels_.count())];
+      const int64_t group = item / panels_.count() % pass_.groups, panel = item % panels_.count();
+      if (worker.chunk != &chunk || worker.group != group) read(worker, chunk, group);
+      switch (panels_.vectors(panel)) {
+        case 1:
+          compute_panel<1>(worker, panel);
+          break;
+        case 2:
+          compute_panel<2>(worker, panel);
+          break;
+#if defined(__AVX512F__)
+        case 3:
+          compute_panel<3>(worker, panel);
+          break;
+        case 4:
+          compute_panel<4>(worker, panel);
+          break;
+#endif
+      }
+    }
+  }
+
+ private:
+  struct Worker {
+    explicit Worker(const Direct& of)
+        : zeros(of.longest_run_),
+          sums((of.most_pixels_ + accumulators) * of.panels_.width),
+          tile(of.in_place_ ? 0 : of.most_rows_read_ * of.input_.width * of.from_) {
+      std::fill_n(zeros.data(), of.longest_run_, E{});
+    }
+    Scratch<E> zeros;
+    Scratch<A> sums;
+    Scratch<E> tile;
+    const Chunk* chunk = nullptr;
+    int64_t group = 0, first_image = 0;
+    std::vector<const E*> images;  // of the chunk: pixel (0, 0), the group's first channel
+  };
+
+  template <int R>
+  struct Pixels {
+    const E* image[R];
+    int64_t row[R], column[R];  // that tap (0, 0) reads
+    int64_t output[R];          // index of the pixel's first channel in a channels_last output
+    bool inner;                 // every tap of a row lies inside the image, for all pixels
+  };
+
+  bool has_runs(const Phase& phase) const { return phase.dilation_width == 1 && pixel_stride_ == from_; }
+  int64_t run(const Phase& phase) const { return from_ * (has_runs(phase) ? phase.taps_wide : 1); }
+
+  // visit(image, rows of it that the chunk reads) for each image of a chunk.
+  template <typename Visit>
+  void for_images(const Chunk& chunk, const Visit& visit) const {
+    const Phase& phase = *chunk.phase;
+    const Geometry& g = pass_.geometry;
+    const int64_t rows = pass_.rows(phase);
+    for (int64_t row = chunk.begin; row < chunk.end;) {
+      const int64_t n = row / rows, e = row % rows, e_end = std::min(rows, e + chunk.end - row);
+      const int64_t low = std::clamp<int64_t>(e * g.stride_height - phase.top, 0, g.in_height);
+      const int64_t last =
+          (e_end - 1) * g.stride_height + (phase.taps_high - 1) * phase.dilation_height - phase.top;
+      visit(n, Range{low, std::clamp<int64_t>(last + 1, low, g.in_height)});
+      row += e_end - e;
+    }
+  }
+
+  // Brings the pixels that a chunk reads into a tile, (rows, width, channels of the group), unless they lie
+  // so already.
+  void read(Worker& worker, const Chunk& chunk, int64_t group) const {
+    worker.chunk = &chunk, worker.group = group;
+    worker.images.clear();
+    E* tile = worker.tile.data();
+    for_images(chunk, [&](int64_t n, Range rows) {
+      if (worker.images.empty()) worker.first_image = n;
+      const Image<const T> image = input_.next(n);
+      if (in_place_)
+        return worker.images.push_back(reinterpret_cast<const E*>(image.data + group * pass_.from_group));
+      const int64_t first = rows.begin * image.width, pixels = (rows.end - rows.begin) * image.width;
+      load_operands(image, group * pass_.from_group, pass_.from_group, first, pixels, tile);
+      worker.images.push_back(tile - first * from_);
+      tile += pixels * from_;
+    });
+  }
+
+  template <int V>
+  void compute_panel(const Worker& worker, int64_t panel) const {
+    constexpr int R = std::min(rows_of<V>, 12);
+    const Phase& phase = *worker.chunk->phase;
+    const int64_t line = V * L, from = from_, tap_row = phase.taps_wide * from * line;
+    const int64_t first = worker.group * pass_.to_group + panel * panels_.width;
+    const E* weights = packed_ +
+                       (worker.group * panels_.padded() + panel * panels_.width) * from *
+                           int64_t(pass_.geometry.taps.size()) +
+                       phase.weight_offset * from * line;
+    A bias[V * L] = {};
+    const int64_t lanes = std::min<int64_t>(V * L, pass_.to_group - panel * panels_.width);
+    if (epilogue_.bias)
+      for (int64_t lane = 0; lane < lanes; ++lane) bias[lane] = load(epilogue_.bias[first + lane]);
+
+    const int64_t begin = worker.chunk->begin * pass_.columns(phase),
+                  end = worker.chunk->end * pass_.columns(phase);
+    const int64_t tap_rows =
+        std::max<int64_t>(1, l2_bytes / std::max<int64_t>(1, tap_row * int64_t(sizeof(E))));
+    for (int64_t i = 0; i == 0 || i < phase.taps_high; i += tap_rows) {
+      const int64_t i_end = std::min(phase.taps_high, i + tap_rows);
+      Cursor cursor{0, worker.chunk->begin % pass_.rows(phase), worker.chunk->begin / pass_.rows(phase)};
+      for (int64_t q = begin; q < end; q += R) {
+        Pixels<R> pixels;
+        locate(worker, cursor, std::min<int64_t>(R, end - q), pixels);
+        A* sums = worker.sums.data() + (q - begin) * line;
+        Vector<A> sum[R][V];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sum[r][v] = load_vector((i == 0 ? bias : sums + r * line) + v * L);
+        add_taps<R, V>(phase, pixels, worker.zeros.data(), weights + i * tap_row, i, i_end, sum);
+        if (i_end == phase.taps_high &&
+            store_in_place<R, V>(pixels, std::min<int64_t>(R, end - q), first, lanes, sum))
+          continue;
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) store_vector(sums + r * line + v * L, sum[r][v]);
+        if (i_end == phase.taps_high && pass_.channels_last)
+          for (int64_t r = 0; r < std::min<int64_t>(R, end - q); ++r)
+            store_run(sums + r * line, epilogue_, output_.data, pixels.output[r] + first, 1, lanes);
+      }
+    }
+    if (!pass_.channels_last) store_contiguous(worker, first, lanes, line);
+  }
+
+  struct Cursor {  // a pixel of a phase
+    int64_t column, row, image;
+  };
+
+  // Where the next R pixels read and write; those beyond `count` repeat the last.
+  template <int R>
+  void locate(const Worker& worker, Cursor& at, int64_t count, Pixels<R>& pixels) const {
+    const Geometry& g = pass_.geometry;
+    const Phase& phase = *worker.chunk->phase;
+    const int64_t columns = pass_.columns(phase), rows = pass_.rows(phase);
+    pixels.inner = true;
+    for (int r = 0; r < R; ++r) {
+      pixels.image[r] = worker.images[at.image - worker.first_image];
+      pixels.row[r] = at.row * g.stride_height - phase.top;
+      pixels.column[r] = at.column * g.stride_width - phase.left;
+      pixels.output[r] =
+          ((at.image * g.out_height + phase.first_row + at.row * phase.row_step) * g.out_width +
+           phase.first_column + at.column * phase.column_step) *
+          output_.channels;
+      pixels.inner &= pixels.column[r] >= 0 && pixels.column[r] + phase.taps_wide <= g.in_width;
+      if (r + 1 >= count && r + 1 < R) continue;
+      if (++at.column < columns) continue;
+      at.column = 0;
+      if (++at.row == rows) at.row = 0, ++at.image;
+    }
+  }
+
+  // Rows [i, i_end) of the taps.
+  template <int R, int V>
+  inline __attribute__((always_inline)) void add_taps(const Phase& phase, const Pixels<R>& pixels,
+                                                      const E* zeros, const E* weights, int64_t i,
+                                                      int64_t i_end, Vector<A> (&sum)[R][V]) const {
+    const Geometry& g = pass_.geometry;
+    const bool runs = has_runs(phase) && pixels.inner;
+    const int64_t length = runs ? run(phase) : from_, steps = runs ? 1 : phase.taps_wide;
+    for (; i < i_end; ++i) {
+      for (int64_t j = 0; j < steps; ++j, weights += length * V * L) {
+        const E* lines[R];
+        bool any = false;
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          const int64_t row = pixels.row[r] + i * phase.dilation_height;
+          const int64_t column = pixels.column[r] + j * phase.dilation_width;
+          const bool inside =
+              uint64_t(row) < uint64_t(g.in_height) && uint64_t(column) < uint64_t(g.in_width);
+          lines[r] = inside ? pixels.image[r] + (row * g.in_width + column) * pixel_stride_ : zeros;
+          any |= inside;
+        }
+        if (any) multiply_add(sum, lines, 1, weights, V * L, length);
+      }
+    }
+  }
+
+  // The usual case, straight from the registers; false, and nothing done, where there is more to do.
+  template <int R, int V>
+  inline __attribute__((always_inline)) bool store_in_place(const Pixels<R>& pixels, int64_t count,
+                                                            int64_t first, int64_t lanes,
+                                                            Vector<A> (&sum)[R][V]) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (!pass_.channels_last || lanes < V * L || !is_floor(epilogue_.activation)) return false;
+      const Vector<A> least = broadcast(floor_of<A>(epilogue_.activation));
+      if (epilogue_.residual) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          if (r >= count) break;
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v)
+            sum[r][v] += load_vector(epilogue_.residual + pixels.output[r] + first + v * L);
+        }
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        if (r >= count) return true;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v)
+          store_vector(output_.data + pixels.output[r] + first + v * L,
+                       sum[r][v] < least ? least : sum[r][v]);
+      }
+      return true;
+    }
+    return false;
+  }
+
+  // The sums of a chunk, (pixels, line), into contiguous images: transposed L pixels at a time.
+  void store_contiguous(const Worker& worker, int64_t first, int64_t lanes, int64_t line) const {
+    const Phase& phase = *worker.chunk->phase;
+    const int64_t columns = pass_.columns(phase), rows = pass_.rows(phase);
+    const bool whole_rows = phase.row_step == 1 && phase.column_step == 1;  // rows follow each other
+    const A* sums = worker.sums.data();
+    for (int64_t row = worker.chunk->begin; row < worker.chunk->end;) {
+      const int64_t n = row / rows, e = row % rows;
+      const int64_t e_end = whole_rows ? std::min(rows, e + worker.chunk->end - row) : e + 1;
+      const int64_t count = (e_end - e) * columns;
+      const int64_t at = (phase.first_row + e * phase.row_step) * output_.width + phase.first_column;
+      for (int64_t c = 0; c < lanes; c += L) {
+        for (int64_t k = 0; k < count; k += L) {
+          A square[L][L];
+          transpose_square<A>([&](int pixel) { return sums + (k + pixel) * line + c; },
+                              [&](int lane) { return square[lane]; });
+          for (int64_t lane = 0; lane < std::min(L, lanes - c); ++lane)
+            store_run(square[lane], epilogue_, output_.data,
+                      (n * output_.channels + first + c + lane) * output_.height * output_.width + at +
+                          k * phase.column_step,
+                      phase.column_step, std::min(L, count - k));
+        }
+      }
+      sums += count * line;
+      row += e_end - e;
+    }
+  }
+
+  Image<const T> input_;
+  const E* packed_;
+  const Conv2dEpilogue<T>& epilogue_;
+  Image<T> output_;
+  const DirectPass& pass_;
+  Panels<A> panels_;
+  int64_t from_;  // values of E that a group of channels takes
+  bool in_place_;
+  int64_t pixel_stride_;  // between two pixels of what is read
+  int64_t longest_run_ = 1, most_pixels_ = 0, most_rows_read_ = 0;
+  std::vector<Chunk> chunks_;
+};
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY

@@ -1,0 +1,130 @@
+// What the passes of the grouped convolution share: how the channels of narrow groups lie in vectors.
+//
+// A unit is what can be computed by itself. Where L lanes hold several whole groups (4 or 8 channels read and
+// written by each, in AVX-512), it is these L channels, and channel c of the groups is spread over their
+// lanes by one permute. Any other unit is one group: its outputs are as many vectors as they need, and
+// channel c of the group is broadcast.
+#pragma once
+
+#include <algorithm>
+
+#include "../common/geometry.h"
+#include "../common/tile.h"
+#include "conv2d.h"
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+
+// A lane number for each lane.
+template <typename A>
+struct LaneIndexType {
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> type
+      __attribute__((vector_size(vector_bytes)));
+};
+template <typename A>
+using LaneIndex = typename LaneIndexType<A>::type;
+
+// A pass that reads in_group channels of each group and writes out_group channels: forward as the shape has
+// them, transposed the other way round.
+template <typename A>
+struct GroupedChannels {
+  static constexpr int64_t L = lanes_of<A>;
+  int64_t groups, in_group, out_group;
+
+  // SSE has no permute by a variable.
+  bool permutes() const {
+    return vector_bytes >= 32 && in_group == out_group && in_group > 1 && in_group < L && L % in_group == 0;
+  }
+  int64_t units() const { return permutes() ? ceil_div(groups * in_group, L) : groups; }
+  int64_t in_vectors() const { return permutes() ? 1 : ceil_div(in_group, L); }    // of a unit
+  int64_t out_vectors() const { return permutes() ? 1 : ceil_div(out_group, L); }  // of a unit
+
+  // Vector v of a unit: its first channel, and how many of its lanes are channels.
+  Range in_channels(int64_t unit, int64_t v) const { return lanes(unit, v, in_group); }
+  Range out_channels(int64_t unit, int64_t v) const { return lanes(unit, v, out_group); }
+
+  // Whether every lane is a channel of the output.
+  bool fills_vectors() const { return permutes() ? groups * in_group % L == 0 : out_group % L == 0; }
+
+  // Whether channels_last pixels are best read where they lie: 2 KiB apart and more, they share so few sets
+  // of the L1 cache that a row of them pushes itself out.
+  bool reads_in_place() const {
+    return permutes() && fills_vectors() && groups * in_group * int64_t(sizeof(A)) <= 1024;
+  }
+
+  // Which lane each lane reads, to see channel c of its group.
+  LaneIndex<A> spread(int64_t c) const {
+    LaneIndex<A> index;
+    for (int64_t lane = 0; lane < L; ++lane) index[lane] = lane / in_group * in_group + c;
+    return index;
+  }
+
+ private:
+  Range lanes(int64_t unit, int64_t v, int64_t group) const {
+    const int64_t first = permutes() ? unit * L : unit * group + v * L;
+    const int64_t end = permutes() ? groups * group : (unit + 1) * group;
+    return {first, std::min(first + L, end)};
+  }
+};
+
+// Memory that will be needed next, asked for a few lines at a time between computations. A region is runs of
+// values at equal distances: the pixels of a block of channels, or its channels.
+class PrefetchRuns {
+ public:
+  // Starts again; `parts` asks are to come.
+  void clear(int64_t parts) { parts_ = std::max<int64_t>(parts, 1), size_ = 0; }
+
+  // Channels [begin, end) of rows [top, bottom) of an image.
+  template <typename T>
+  void add(const Image<T>& image, int64_t begin, int64_t end, int64_t top, int64_t bottom) {
+    const int64_t pixels = (bottom - top) * image.width;
+    T* first = image.data + begin * image.channel_stride() + top * image.row_stride();
+    if (image.channels_last)
+      add(first, end - begin, image.channels, pixels);
+    else
+      add(first, pixels, image.channel_stride(), end - begin);
+  }
+
+  template <typename T>
+  void add(T* begin, int64_t values, int64_t stride, int64_t runs) {
+    if (values <= 0 || runs <= 0 || size_ == most) return;
+    const int64_t bytes = values * int64_t(sizeof(T));
+    const int64_t lines = ceil_div(bytes, line) * runs;
+    regions_[size_++] = {reinterpret_cast<const char*>(begin),
+                         bytes,
+                         stride * int64_t(sizeof(T)),
+                         runs,
+                         0,
+                         ceil_div(lines, parts_),
+                         !std::is_const_v<T>};
+  }
+
+  // Asks for the next part of every region.
+  void ask() {
+    for (int k = 0; k < size_; ++k) {
+      Region& region = regions_[k];
+      for (int64_t n = 0; n < region.part && region.runs > 0; ++n) {
+        if (region.write)
+          prefetch_for_write(region.run + region.at);
+        else
+          __builtin_prefetch(region.run + region.at, 0, 2);
+        region.at += line;
+        if (region.at < region.bytes) continue;
+        region.at = 0, region.run += region.stride, --region.runs;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t line = 64;
+  static constexpr int most = 4;
+  struct Region {
+    const char* run;
+    int64_t bytes, stride, runs, at, part;
+    bool write;
+  };
+  Region regions_[most];
+  int64_t parts_ = 1;
+  int size_ = 0;
+};
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY

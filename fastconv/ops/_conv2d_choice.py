@@ -1,0 +1,124 @@
+"""Which kernel runs a convolution: the conditions of each, and the one that is taken where none is named.
+
+Arguments are those of ``torch.ops.fastconv.conv2d``, in their normal forms: pairs, and four sides of padding.
+The rule of the C++ kernels was measured against PyTorch's own; ``docs/conv2d.md`` has the figures.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _library
+from ..backends import Choice
+from ..precision import get_precision
+from . import _convolution
+from ._operator import memory_format_of
+
+CPU_ALGORITHMS = ("direct", "im2col", "winograd_f2", "winograd_f4", "winograd_f6", "grouped", "plain")
+CUDA_ALGORITHMS = ("implicit_gemm", "direct", "im2col")
+
+# Multiply-adds from which on a call is worth the microseconds that it takes before it computes.
+_LEAST, _LEAST_CHANNELS_LAST = 1 << 20, 1 << 22
+
+
+def _has_wide_vectors() -> bool:
+    host = _library.host()
+    try:
+        return host is not None and host.cpu_capability() != "portable"
+    except RuntimeError:  # FASTCONV_CPU_CAPABILITY names none; the kernels will say so
+        return True
+
+
+_WIDE_VECTORS = _has_wide_vectors()  # a constant, for torch.compile to trace
+
+# Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels.
+_TRAINING_PIXELS = 512
+
+
+def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> str | None:
+    """The fastest C++ kernel of a pass, or None where PyTorch's own is faster.
+
+    Args:
+        source, target: channels of a group that the pass reads, and that it writes.
+        pixels: of all images, on the side of the convolution's output.
+    """
+    if not _WIDE_VECTORS or stride[0] * stride[1] > _convolution.MOST_PHASES:
+        return None
+    taps, plane = weight.shape[2] * weight.shape[3], input.shape[2] * input.shape[3]
+    channels_last = memory_format_of(input) == torch.channels_last
+    training = weight.requires_grad and torch.is_grad_enabled()
+    if pixels * weight.shape[0] * source * taps < (_LEAST_CHANNELS_LAST if channels_last else _LEAST):
+        return None
+    rival = weight.dtype in (torch.float32, torch.bfloat16)  # for others PyTorch has no fast kernels
+    if groups > 1 and source <= _convolution.NARROW and target <= _convolution.NARROW:
+        narrow = source <= 8 and target <= 8 and (channels_last or pixels >= 2048)
+        return "grouped" if narrow or not rival else None
+    if (
+        get_precision() == "fast"
+        and weight.dtype != torch.float64
+        and (weight.shape[2], weight.shape[3]) == (3, 3)
+        and tuple(stride) == tuple(dilation) == (1, 1)
+        and source >= 16
+        and target >= 16
+        and (pixels >= _TRAINING_PIXELS or not training)
+    ):
+        return "winograd_f4"
+    lanes_are_pixels = not channels_last and (taps == 1 or target < 32 or source < 16)
+    algorithm = "im2col" if lanes_are_pixels else "direct"
+    if not rival:
+        return algorithm
+    if taps > 1:
+        wins = source * taps >= 64
+    elif channels_last:
+        wins = source >= 1024 or plane <= 100
+    else:
+        wins = plane >= (3136 if training else 784)
+    if channels_last:
+        wins = wins and target >= 16
+    else:
+        wins = wins and weight.dtype != torch.bfloat16
+    if training and algorithm == "direct":
+        wins = False  # packing in each call takes what the kernel gains
+    return algorithm if wins else None
+
+
+def default_for(stride) -> str:
+    """The kernel for ``backend="cpu"`` where PyTorch's own would be faster."""
+    return "direct" if stride[0] * stride[1] <= _convolution.MOST_PHASES else "plain"
+
+
+def prefer(cpu_algorithm: str | None, input: torch.Tensor) -> tuple[str, ...]:
+    """The backends for ``backend=None``, the best first."""
+    if input.device.type == "cuda":
+        return "aten", "cuda", "triton"  # until ours are measured on a GPU
+    return ("aten", "cpu") if cpu_algorithm is None else ("cpu", "aten")
+
+
+def _cpu_algorithm(input, weight, stride, padding, dilation, groups) -> str | None:
+    pixels = input.shape[0] * (input.shape[2] // stride[0]) * (input.shape[3] // stride[1])
+    source, target = weight.shape[1], weight.shape[0] // groups
+    return fastest(source, target, pixels, input, weight, stride, dilation, groups)
+
+
+def _prefer(input, weight, stride, padding, dilation, groups) -> tuple[str, ...]:
+    return prefer(_cpu_algorithm(input, weight, stride, padding, dilation, groups), input)
+
+
+choose = Choice(
+    "conv2d",
+    algorithms={
+        "cpu": CPU_ALGORITHMS,
+        "cuda": CUDA_ALGORITHMS,
+        "emulator": CUDA_ALGORITHMS,
+        "triton": ("implicit_gemm", "pointwise"),
+        "aten": ("convolution", "unfold"),
+        "reference": (),
+    },
+    prefer=_prefer,
+    why_not=_convolution.why_not,
+)
+
+
+def default_algorithm(input, weight, stride, padding, dilation, groups) -> str:
+    """The C++ kernel where a call names none."""
+    return _cpu_algorithm(input, weight, stride, padding, dilation, groups) or default_for(stride)

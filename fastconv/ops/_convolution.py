@@ -1,0 +1,130 @@
+"""What convolution and its transpose share: checks, packed weights, algorithms that have conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ._arguments import check_integers, check_tensor, integer
+from ._operator import autocast, library, memory_format_of
+
+MOST_PHASES = 4096  # each of which costs time and memory, even where the image has no pixel of it
+NARROW = 32  # channels of a group that algorithm="grouped" is made for
+
+
+def check_groups(input: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
+    """Raises unless the groups divide input and weight, and neither is empty."""
+    channels = input.shape[1]
+    if channels == 0 or 0 in weight.shape:
+        raise ValueError(
+            "input and weight must have at least one channel, and weight one filter and one tap, "
+            f"got shapes {tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    if channels % groups or weight.shape[0] % groups:
+        raise ValueError(
+            f"groups must divide input's {channels} channels and weight's size of {weight.shape[0]}, "
+            f"got {groups}"
+        )
+
+
+def check_bias(bias: torch.Tensor | None, input: torch.Tensor, channels: int) -> None:
+    if bias is not None:
+        check_tensor("bias", bias, rank=1, like=input)
+        if bias.shape[0] != channels:
+            raise ValueError(f"bias must have shape ({channels},), got {tuple(bias.shape)}")
+
+
+def check_operands(input, weight, stride, padding, dilation, groups, sides) -> None:
+    """Raises on what the public function's normal forms rule out, for operators called by themselves."""
+    check_tensor("input", input, rank=4)
+    check_tensor("weight", weight, rank=4, like=input)
+    check_integers("stride", stride, 2, least=1)
+    check_integers("padding", padding, sides, least=0)
+    check_integers("dilation", dilation, 2, least=1)
+    integer("groups", groups)
+
+
+def check_not_packed(packed: torch.Tensor | None) -> None:
+    if packed is not None:
+        raise ValueError("packed must be None: only the C++ kernels read packed weights")
+
+
+def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups) -> str | None:
+    """Which condition of an algorithm a convolution, or a transposed one, fails; None if none."""
+    kernel = f"a {weight.shape[2]}x{weight.shape[3]} weight"
+    if algorithm == "im2col" and memory_format_of(input) != torch.contiguous_format:
+        return "algorithm='im2col' needs a contiguous input, got a channels_last one"
+    phases = stride[0] * stride[1]
+    if phases > MOST_PHASES and backend == "cpu" and algorithm in ("direct", "im2col", "grouped"):
+        return (
+            f"algorithm={algorithm!r} splits the input's gradient into stride[0] * stride[1] phases, "
+            f"at most {MOST_PHASES}, got stride={tuple(stride)}"
+        )
+    winograd = algorithm is not None and algorithm.startswith("winograd")
+    if winograd and (*weight.shape[2:], *stride, *dilation) != (3, 3, 1, 1, 1, 1):
+        return (
+            f"algorithm={algorithm!r} needs a 3x3 weight, stride 1 and dilation 1, got {kernel}, "
+            f"stride={tuple(stride)}, dilation={tuple(dilation)}"
+        )
+    if algorithm == "grouped" and (weight.shape[1] > NARROW or weight.shape[0] // groups > NARROW):
+        return (
+            f"algorithm='grouped' needs at most {NARROW} channels and filters in a group, got "
+            f"{weight.shape[1]} and {weight.shape[0] // groups}"
+        )
+    if algorithm == "implicit_gemm" and backend in ("cuda", "emulator"):
+        if weight.dtype not in (torch.float16, torch.bfloat16):
+            return f"algorithm='implicit_gemm' multiplies float16 and bfloat16, got {weight.dtype}"
+        if weight.shape[1] % 8 or weight.shape[0] // groups % 8:
+            return (
+                "algorithm='implicit_gemm' needs a multiple of 8 channels and of 8 filters in a group, got "
+                f"{weight.shape[1]} and {weight.shape[0] // groups}"
+            )
+    if algorithm == "pointwise" and (
+        any(value != 1 for value in (*weight.shape[2:], *stride)) or any(value != 0 for value in padding)
+    ):
+        return (
+            f"algorithm='pointwise' needs a 1x1 weight, stride 1 and no padding, got {kernel}, "
+            f"stride={tuple(stride)}, padding={tuple(padding)}"
+        )
+    return None
+
+
+def serves(
+    why_not: Callable[..., str | None], op: Any, algorithm: str | None, input: Any, *rest: Any
+) -> bool:
+    """Whether an operator's overload can run an algorithm on these arguments."""
+    backend = input.device.type if op._overloadname == "default" else op._overloadname
+    return algorithm is None or why_not(backend, algorithm, input, *rest) is None
+
+
+def autocast_but(position: int) -> Callable[[str, Sequence[Any]], list[Any]]:
+    """``torch.autocast`` for arguments of which one is packed weights.
+
+    Packed for another type than the weight will have, they are of no use; packed again, of the right one.
+    """
+
+    def cast(device_type: str, arguments: Sequence[Any]) -> list[Any]:
+        values = autocast(device_type, arguments)
+        values[position] = arguments[position] if values[1].dtype == arguments[1].dtype else None
+        return values
+
+    return cast
+
+
+def define_pack_weight(name: str, schema: str) -> None:
+    """Defines ``torch.ops.fastconv.<name>``, which returns packed weights: 1-D, without a gradient."""
+    library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.fastconv, name).default
+
+    def fake(weight, *_):
+        size = torch.library.get_ctx().new_dynamic_size()  # the kernel's own business
+        return weight.new_empty(size, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+    def no_gradient(weight, *rest):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(weight, *rest)
+
+    torch.library.register_fake(f"fastconv::{name}", fake, lib=library)
+    library.impl(name, no_gradient, "Autograd")

@@ -1,0 +1,189 @@
+"""Packed weights, kept from one call to the next.
+
+A C++ convolution reads its weights in an order of its own. In inference that order is made once for each
+weight and kept, up to a number of bytes for all of them; what was used least recently goes first. In training
+it is made in each call, and nothing is kept.
+
+What is kept goes when the weight's tensor or its memory does, or when a ``torch.optim.Optimizer`` that holds
+the weight has stepped. It is used only while the weight is the same tensor in the same memory, with the same
+shape, strides, dtype and version. PyTorch raises the version at every in-place operation, such as
+``load_state_dict``, or ``weight.mul_(2)`` under ``no_grad``. It does not at a write through ``weight.data``,
+numpy, DLPack or a raw pointer, or by another process. For these, at least ``SAMPLES`` evenly spaced values
+are compared bit by bit. So a change is noticed if it is of every value, of a run of values in memory as long
+as 1/``SAMPLES`` of the weight, or, in a contiguous weight of up to 8x8 taps, of one tap in all filters. A
+change of fewer values may not be: :func:`clear_packed_weights` has to be called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+import weakref
+from collections import OrderedDict
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ._arguments import integer
+
+SAMPLES = 67  # a prime, so that they fall on other channels and taps of each filter
+
+_WORDS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+
+
+class _Kept:
+    """The packed values of one weight, and what the weight was when they were packed."""
+
+    __slots__ = (
+        "dtype",
+        "packed",
+        "pointer",
+        "samples",
+        "shape",
+        "storage",
+        "strides",
+        "values",
+        "version",
+        "weight",
+    )
+
+    def __init__(self, key: tuple, weight: torch.Tensor) -> None:
+        self.weight = weakref.ref(weight, lambda _: _forget(key))
+        # Not its address alone, which the next one may get.
+        self.storage = weakref.ref(weight.untyped_storage(), lambda _: _forget(key))
+        self.version = weight._version
+        self.pointer = weight.data_ptr()
+        self.shape = weight.shape
+        self.strides = weight.stride()
+        self.dtype = weight.dtype
+        count = weight.numel()
+        step = max(count // SAMPLES, 1)
+        while math.gcd(step, count) > 1:  # or all might be of one tap
+            step -= 1
+        words = (_WORDS[weight.element_size()] * count).from_address(self.pointer)
+        self.samples = memoryview(words)[::step]  # read only after the checks of `holds`
+        self.values = self.samples.tobytes()
+        self.packed: torch.Tensor | None = None
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        return (
+            self.weight() is weight
+            and self.version == weight._version
+            and self.storage() is weight.untyped_storage()
+            and self.pointer == weight.data_ptr()
+            and self.shape == weight.shape
+            and self.strides == weight.stride()
+            and self.dtype == weight.dtype
+            and self.values == self.samples.tobytes()
+        )
+
+
+_limit = 2**30
+_total = 0
+_kept: OrderedDict[tuple, _Kept] = OrderedDict()  # the least recently used first
+_lock = threading.RLock()  # a weight may die, and be forgotten, while this thread holds it
+
+
+def packed_weight(name: str, weight: torch.Tensor, *arguments: object) -> torch.Tensor | None:
+    """What ``torch.ops.fastconv.<name>_pack_weight`` makes of a weight; None where nothing may be kept."""
+    if (
+        torch.compiler.is_compiling()
+        or (weight.requires_grad and torch.is_grad_enabled())
+        # Where calls are looked at or recorded, the one that packs belongs to them.
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+    ):
+        return None
+    key = (id(weight), name, *arguments)
+    kept = _kept.get(key)
+    if kept is not None and kept.holds(weight):
+        try:  # noqa: SIM105 (contextlib.suppress takes 0.3 us)
+            _kept.move_to_end(key)
+        except KeyError:  # another thread has let go of it
+            pass
+        return kept.packed
+    return _pack(key, weight) if _can_be_kept(weight) else None
+
+
+def _can_be_kept(weight: torch.Tensor) -> bool:
+    return (
+        _limit > 0
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and weight.layout == torch.strided
+        and not weight.is_inference()  # these have no version
+        and not weight.is_neg()
+        and weight.data_ptr() != 0  # or its memory is not there
+        and 0 < weight.numel() == 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride()))
+        and not torch.is_autocast_enabled("cpu")  # the weight was made for this call
+        # Module.to would refuse to swap a parameter to which there is a weak reference.
+        and not torch.__future__.get_swap_module_params_on_conversion()
+    )
+
+
+def _pack(key: tuple, weight: torch.Tensor) -> torch.Tensor:
+    _, name, *arguments = key
+    kept = _Kept(key, weight)  # first, so that a write to the weight meanwhile shows
+    with torch.inference_mode(False), torch.no_grad():
+        kept.packed = getattr(torch.ops.fastconv, f"{name}_pack_weight")(weight, *arguments)
+    global _total
+    size = kept.packed.nbytes
+    if size <= _limit:
+        with _lock:
+            _forget(key)
+            _kept[key] = kept
+            _total += size
+            _evict(_limit)
+    return kept.packed
+
+
+def _forget(key: tuple) -> None:
+    global _total
+    with _lock:
+        kept = _kept.pop(key, None)
+        size = 0 if kept is None else kept.packed.nbytes
+        _total -= size
+
+
+def _forget_stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]} if _kept else ()
+    with _lock:
+        for key in list(_kept):
+            if key[0] in stepped:
+                _forget(key)
+
+
+# Fused optimizers, and those of other libraries, write to weights without raising their versions.
+register_optimizer_step_post_hook(_forget_stepped)
+
+
+def _evict(limit: int) -> None:
+    """Down to a number of bytes; the lock is held."""
+    global _total
+    while _total > limit:
+        size = _kept.popitem(last=False)[1].packed.nbytes
+        _total -= size
+
+
+def clear_packed_weights() -> None:
+    """Lets go of all packed weights; they are packed again when they are needed.
+
+    Call it after changing a few values of a weight in a way that PyTorch does not see: through
+    ``weight.data``, numpy, or a raw pointer. All other changes are noticed.
+    """
+    with _lock:
+        _evict(0)
+
+
+def set_packed_weights_limit(limit: int) -> None:
+    """Bounds the bytes of packed weights that are kept between calls, 1 GiB at first; 0 keeps none.
+
+    Raises:
+        ValueError, TypeError: ``limit`` is below 0, or no integer.
+    """
+    global _limit
+    limit = integer("limit", limit, least=0)
+    with _lock:
+        _limit = limit
+        _evict(limit)

@@ -1,0 +1,302 @@
+"""Convolution and its transpose, differentiated, mapped, compiled: what every kernel shares with PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+import torch._dynamo.testing
+from cases import DEVICE, LAYOUTS, for_runs, runs
+from convolutions import Convolution, Transposed
+from tolerances import assert_close
+from torch.func import grad, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastconv.ops import conv2d, conv_transpose2d
+from fastconv.ops._activation import ACTIVATIONS
+
+# Of each kind that some kernel is made for, one small case: everything unequal; 3x3; 1x1.
+CASES = [
+    Convolution((2, 4, 5, 4), 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=2, residual=True),
+    Convolution((1, 2, 4, 3), 3, padding=1, residual=True),
+    Convolution((2, 3, 2, 3), 2, (1, 1), residual=True),
+    Transposed((1, 4, 3, 2), 6, (3, 2), (2, 1), (1, 0), (1, 2), groups=2, output_padding=(1, 0)),
+    Transposed((1, 3, 2, 3), 2, padding=1),
+    Transposed((2, 3, 2, 3), 2, (1, 1)),
+]
+DENSE = ["contiguous", "channels_last"]
+
+
+def pairs(*, own=True, cases=CASES, first=False):
+    """Every run of both operators, with those of the cases that it serves, or the first of them.
+
+    Not the interpreted kernels, which take a second for a dozen programs: what they do not share with others
+    is in test_conv2d.py.
+    """
+    found = []
+    for run in runs("conv2d", own=own):
+        for op, layout in itertools.product(("conv2d", "conv_transpose2d"), DENSE):
+            if run.slow or (run.backend != "cpu" and layout == "contiguous"):
+                continue
+            served = [
+                c for c in cases if c.op == op and run in runs(op) and c.serves(run, torch.float64, layout)
+            ]
+            found += [(run, case, layout) for case in served[: 1 if first else None]]
+    return pytest.mark.parametrize("run, case, layout", found, ids=str)
+
+
+def tensors(case, layout="contiguous", dtype=torch.float64):
+    def make(shape):
+        return torch.randn(shape, dtype=torch.float64, device=DEVICE).to(dtype)
+
+    given = [make(shape) for shape in case.shapes().values()]
+    return [LAYOUTS[layout](make, case.input), *given[1:]]
+
+
+def ours(run, case):
+    return lambda *t: case.call(case.function, t, **run.keywords)
+
+
+def reference(case):
+    return lambda *t: case.call(case.reference, t)
+
+
+def assert_all_close(run, actual, expected, terms=500, dtype=torch.float64, **keywords):
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e.double(), dtype, terms, algorithm=run.algorithm, **keywords)
+
+
+# Against finite differences.
+
+
+@pairs()
+def test_gradcheck(case, layout, run):
+    given = [t.detach().requires_grad_() for t in tensors(case, layout)]
+    assert torch.autograd.gradcheck(ours(run, case), given, fast_mode=run.stands_in)
+
+
+@pairs()
+def test_gradgradcheck(case, layout, run):
+    given = [t.detach().requires_grad_() for t in tensors(case, layout)]
+    assert torch.autograd.gradgradcheck(ours(run, case), given, fast_mode=True)
+
+
+@pairs(cases=CASES[:3])
+def test_activations(case, layout, run):
+    for activation in ACTIVATIONS[1:]:
+        f = ours(run, case.replace(activation=activation))
+        given = [t.detach().requires_grad_() for t in tensors(case, layout)]
+        assert torch.autograd.gradcheck(f, given, fast_mode=True)
+        assert torch.autograd.gradgradcheck(f, given, fast_mode=True)
+
+
+@pairs()
+def test_second_gradients_of_some(case, layout, run):
+    """Where only some tensors need a gradient, the double backward meets gradients that do not exist."""
+    given = tensors(case, layout)
+
+    def second(f, leaves):
+        first = torch.autograd.grad(f(*given).pow(3).sum(), leaves, create_graph=True)
+        return first, torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+
+    for needed in ((0,), (1,), (2,), (0, 1)):
+        for index, tensor in enumerate(given):
+            tensor.requires_grad_(index in needed)
+        leaves = [t for t in given if t.requires_grad]
+        for actual, expected in zip(second(ours(run, case), leaves), second(reference(case), leaves)):
+            assert_all_close(run, actual, expected)
+
+
+# torch.func.
+
+
+@pairs(own=False)
+def test_func_grad(case, layout, run):
+    """And its own gradient."""
+    given = tensors(case, layout)
+    each = tuple(range(len(given)))
+
+    def gradients(f):
+        def inner(*t):
+            return sum(g.pow(2).sum() for g in grad(lambda *t: f(*t).pow(3).sum(), (0, 1))(*t))
+
+        return *grad(lambda *t: f(*t).pow(3).sum(), each)(*given), *grad(inner, (0, 1))(*given)
+
+    assert_all_close(run, gradients(ours(run, case)), gradients(reference(case)), 5000)
+
+
+IN_DIMS = [
+    (0, None, None, None),
+    (3, None, None, 1),
+    (None, 0, None, None),
+    (None, 4, 0, 0),
+    (1, 0, 1, None),
+    (None, None, 0, None),
+    (0, 2, None, 4),
+]
+
+
+def both(f, count):
+    """Output and all gradients."""
+    return lambda *t: (f(*t), *grad(lambda *t: f(*t).pow(2).sum(), tuple(range(count)))(*t))
+
+
+@pairs(own=False)
+def test_vmap(case, layout, run):
+    """Mapped arguments against a loop: output and gradients."""
+    for in_dims in IN_DIMS:
+        given = tensors(case, layout)
+        in_dims, count = in_dims[: len(given)], len(given)
+        if all(d is None for d in in_dims):
+            continue
+        mapped = [
+            t if d is None else torch.stack([t, 2 * t, t.cos()]).movedim(0, d) for t, d in zip(given, in_dims)
+        ]
+        actual = vmap(both(ours(run, case), count), in_dims)(*mapped)
+        for i in range(3):
+            one = [t if d is None else t.select(d, i) for t, d in zip(mapped, in_dims)]
+            assert_all_close(run, [a[i] for a in actual], both(reference(case), count)(*one), 5000)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+@pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
+def test_vmap_in_a_loop(in_dims, case, monkeypatch):
+    """Where an algorithm does not serve what maps fold into."""
+    run = runs(case.op, own=True)[0]
+    given = tensors(case)
+    in_dims = in_dims[: len(given)]
+    if all(d is None for d in in_dims):
+        return
+    mapped = [t if d is None else torch.stack([t, t.cos()]).movedim(0, d) for t, d in zip(given, in_dims)]
+    folded = vmap(both(ours(run, case), len(given)), in_dims)(*mapped)
+
+    def why_not(backend, algorithm, input, weight, *_):
+        return None if (input.shape, weight.shape) == (case.input, case.weight) else "not folded"
+
+    for module in (conv2d, conv_transpose2d):
+        monkeypatch.setattr(module, "why_not" if module is conv2d else "_why_not", why_not)
+    looped = vmap(both(ours(run, case), len(given)), in_dims)(*mapped)
+    assert_all_close(run, looped, folded)
+
+
+# torch.compile, and the dispatcher.
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def output_and_gradients(f, given):
+    leaves = [t.detach().requires_grad_() for t in given]
+    output = f(*leaves)
+    return output, *torch.autograd.grad(output.sin().sum(), leaves)
+
+
+@pairs(own=False, cases=[CASES[0].replace(activation="silu"), *CASES[1:]], first=True)
+def test_compile(case, layout, run, fresh_compiler):
+    given = tensors(case, layout)
+    compiled = torch.compile(ours(run, case), fullgraph=True, backend="aot_eager")
+    expected = output_and_gradients(reference(case), given)
+    assert_all_close(run, output_and_gradients(compiled, given), expected)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+def test_compile_makes_the_choice(case, fresh_compiler):
+    """For any size, of one graph."""
+    run = runs(case.op, own=True)[0]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    f = functools.partial(case.call, case.function)
+    compiled = torch.compile(lambda *t: f(t), fullgraph=True, dynamic=True, backend=counter)
+    for batch, *size in ((5, 15, 17), (7, 21, 25)):  # none that another tensor has too
+        sized = case.replace(input=(batch, case.input[1], *size))
+        given = tensors(sized)
+        expected = output_and_gradients(reference(sized), given)
+        assert_all_close(run, output_and_gradients(compiled, given), expected)
+    assert counter.frame_count == 1
+
+
+SLOW = Convolution((1, 1, 2, 2), 1, (2, 1))
+SAMPLES = [
+    *((layout, 2) for layout in (*DENSE, "channels_last_channel_slice", "stepped")),
+    ("contiguous", 0),
+]
+
+
+@for_runs(
+    list({run.backend: run for run in reversed(runs("conv2d", own=True))}.values()),
+    case=([CASES[0], CASES[3]], [SLOW]),
+    sample=(SAMPLES, [SAMPLES[1]]),
+    where=lambda run, case, sample: case.serves(run, torch.float64, sample[0]),
+)
+def test_opcheck(case, sample, run):
+    layout, batch = sample
+    case = case.replace(input=(batch, *case.input[1:]))
+    input, weight, bias, *rest = (t.detach().requires_grad_() for t in tensors(case, layout))
+    operator = run.operator(case.op)
+    if case.op == "conv_transpose2d":
+        torch.library.opcheck(operator, (input, weight, bias, None, *case.geometry, run.algorithm))
+        return
+    residual = rest[0] if rest else None
+    arguments = (input, weight, bias, residual, None, *case.geometry, "gelu", run.algorithm)
+    torch.library.opcheck(operator, arguments)
+    grad_output = operator(*arguments).detach().requires_grad_()
+    for need in ((True, True, True), (True, False, False), (False, True, False)):
+        arguments = (grad_output, input, weight, *case.geometry, run.algorithm, *need)
+        torch.library.opcheck(run.operator(f"{case.op}_backward"), arguments)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of C++ kernels")
+def test_opcheck_of_packing():
+    weight = torch.randn(6, 2, 3, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastconv.conv2d_pack_weight.default, (weight, 2, "plain"))
+    geometry = ((2, 1), (1, 0), (1, 2), 2)
+    torch.library.opcheck(
+        torch.ops.fastconv.conv_transpose2d_pack_weight.default, (weight, *geometry, "plain")
+    )
+
+
+# Autocast, FLOPs.
+
+
+@pairs(own=False)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(case, layout, run, dtype):
+    """The output has the type that torch.nn.functional.conv2d gives, the gradients those of the tensors."""
+    if not run.serves(dtype):
+        return
+    given = tensors(case, layout, torch.float32)
+    leaves = [t.requires_grad_() for t in given]
+    with torch.autocast(DEVICE, dtype=dtype):
+        output = ours(run, case)(*leaves)
+    assert output.dtype == dtype
+    grads = torch.autograd.grad(output.sum(), leaves)
+    assert all(g.dtype == torch.float32 for g in grads)
+    rounded = [t.detach().to(dtype).double().requires_grad_() for t in given]
+    expected = reference(case)(*rounded)
+    wanted = torch.autograd.grad(expected.sum(), rounded)
+    for a, e in zip((output, *grads), (expected, *wanted), strict=True):
+        assert_close(a.to(dtype), e, dtype, 200, summed_in=dtype)
+
+
+@pairs(cases=[case.replace(bias=False, residual=False) for case in CASES])
+def test_flops_are_those_of_pytorchs_convolution(case, layout, run):
+    theirs = getattr(torch.nn.functional, case.op)
+    if case.op == "conv2d":
+
+        def theirs(*tensors, activation, residual):
+            return torch.nn.functional.conv2d(*tensors)
+
+    def flops(f):
+        input, weight = tensors(case, layout, torch.float32)
+        with FlopCounterMode(display=False) as forward:
+            output = f((input.requires_grad_(), weight))
+        with FlopCounterMode(display=False) as backward:
+            output.sum().backward()
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    actual = flops(functools.partial(case.call, case.function, **run.keywords))
+    assert actual == flops(functools.partial(case.call, theirs))
+    assert actual[0] == actual[1] > 0
