@@ -47,27 +47,28 @@ class Direct {
 
   Direct(const T* input, const E* packed, const Conv2dEpilogue<T>& epilogue, T* output,
          const DirectPass& pass)
-      : input_{input, pass.groups * pass.from_group, pass.geometry.in_height, pass.geometry.in_width,
-               pass.channels_last},
+      : input_{input, pass.shape.groups * pass.from_group, pass.geometry.in_height, pass.geometry.in_width,
+               pass.shape.channels_last},
         packed_(packed),
         epilogue_(epilogue),
-        output_{output, pass.groups * pass.to_group, pass.geometry.out_height, pass.geometry.out_width,
-                pass.channels_last},
+        output_{output, pass.shape.groups * pass.to_group, pass.geometry.out_height, pass.geometry.out_width,
+                pass.shape.channels_last},
         pass_(pass),
         panels_{pass.to_group},
         from_(ceil_div(pass.from_group, values_in<E>)),
-        in_place_(std::is_same_v<T, stored<E>> && pass.channels_last && pass.from_group % values_in<E> == 0),
+        in_place_(std::is_same_v<T, stored<E>> && pass.shape.channels_last &&
+                  pass.from_group % values_in<E> == 0),
         pixel_stride_(in_place_ ? input_.channels / values_in<E> : from_) {
     int64_t parts = 0;
     for (const Phase& phase : pass.geometry.phases) {
       const int64_t rows = std::max<int64_t>(1, chunk_pixels / std::max<int64_t>(1, pass.columns(phase)));
-      parts = std::max(parts, ceil_div(pass.batch * pass.rows(phase), rows));
+      parts = std::max(parts, ceil_div(pass.shape.batch * pass.rows(phase), rows));
       longest_run_ = std::max(longest_run_, run(phase));
     }
     // Phases take turns, for they read the same pixels and write between each other's.
     for (int64_t k = 0; k < parts; ++k)
       for (const Phase& phase : pass.geometry.phases) {
-        const int64_t rows = pass.columns(phase) > 0 ? pass.batch * pass.rows(phase) : 0;
+        const int64_t rows = pass.columns(phase) > 0 ? pass.shape.batch * pass.rows(phase) : 0;
         const Chunk chunk{&phase, rows * k / parts, rows * (k + 1) / parts};
         if (chunk.begin == chunk.end) continue;
         chunks_.push_back(chunk);
@@ -78,30 +79,16 @@ class Direct {
       }
   }
 
-  int64_t items() const { return int64_t(chunks_.size()) * pass_.groups * panels_.count(); }
+  int64_t items() const { return int64_t(chunks_.size()) * pass_.shape.groups * panels_.count(); }
 
   void compute(int64_t begin, int64_t end) const {
     Worker worker(*this);
     for (int64_t item = begin; item < end; ++item) {
-      const Chunk& chunk = chunks_[item / (pass_.groups * panels_.count())];
-      const int64_t group = item / panels_.count() % pass_.groups, panel = item % panels_.count();
+      const Chunk& chunk = chunks_[item / (pass_.shape.groups * panels_.count())];
+      const int64_t group = item / panels_.count() % pass_.shape.groups, panel = item % panels_.count();
       if (worker.chunk != &chunk || worker.group != group) read(worker, chunk, group);
-      switch (panels_.vectors(panel)) {
-        case 1:
-          compute_panel<1>(worker, panel);
-          break;
-        case 2:
-          compute_panel<2>(worker, panel);
-          break;
-#if defined(__AVX512F__)
-        case 3:
-          compute_panel<3>(worker, panel);
-          break;
-        case 4:
-          compute_panel<4>(worker, panel);
-          break;
-#endif
-      }
+      with_constant<1, most_vectors>(panels_.vectors(panel),
+                                     [&](auto vectors) { compute_panel<vectors>(worker, panel); });
     }
   }
 
@@ -173,8 +160,7 @@ class Direct {
     const int64_t line = V * L, from = from_, tap_row = phase.taps_wide * from * line;
     const int64_t first = worker.group * pass_.to_group + panel * panels_.width;
     const E* weights = packed_ +
-                       (worker.group * panels_.padded() + panel * panels_.width) * from *
-                           int64_t(pass_.geometry.taps.size()) +
+                       (worker.group * panels_.padded() + panel * panels_.width) * from * pass_.shape.taps() +
                        phase.weight_offset * from * line;
     A bias[V * L] = {};
     const int64_t lanes = std::min<int64_t>(V * L, pass_.to_group - panel * panels_.width);
@@ -205,12 +191,12 @@ class Direct {
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) store_vector(sums + r * line + v * L, sum[r][v]);
-        if (i_end == phase.taps_high && pass_.channels_last)
+        if (i_end == phase.taps_high && pass_.shape.channels_last)
           for (int64_t r = 0; r < std::min<int64_t>(R, end - q); ++r)
             store_run(sums + r * line, epilogue_, output_.data, pixels.output[r] + first, 1, lanes);
       }
     }
-    if (!pass_.channels_last) store_contiguous(worker, first, lanes, line);
+    if (!pass_.shape.channels_last) store_contiguous(worker, first, lanes, line);
   }
 
   struct Cursor {  // a pixel of a phase
@@ -272,7 +258,7 @@ class Direct {
                                                             int64_t first, int64_t lanes,
                                                             Vector<A> (&sum)[R][V]) const {
     if constexpr (std::is_same_v<T, A>) {
-      if (!pass_.channels_last || lanes < V * L || !is_floor(epilogue_.activation)) return false;
+      if (!pass_.shape.channels_last || lanes < V * L || !is_floor(epilogue_.activation)) return false;
       const Vector<A> least = broadcast(floor_of<A>(epilogue_.activation));
       if (epilogue_.residual) {
 #pragma GCC unroll 12

@@ -14,15 +14,6 @@
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
-// A lane number for each lane.
-template <typename A>
-struct LaneIndexType {
-  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> type
-      __attribute__((vector_size(vector_bytes)));
-};
-template <typename A>
-using LaneIndex = typename LaneIndexType<A>::type;
-
 // A pass that reads in_group channels of each group and writes out_group channels: forward as the shape has
 // them, transposed the other way round.
 template <typename A>

@@ -112,9 +112,8 @@ class WinogradConvolution {
   void store_tiles(const Block<P>& pixels, const P* added, int64_t filters, const Region& tiles,
                    const A* bias, const Transformed<A>& sums, int64_t tile) const {
     const Activation activation = epilogue_.activation;
-    const bool simple = !added && (activation == Activation::none || activation == Activation::relu);
-    const Vector<A> least =
-        broadcast(activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity());
+    const bool simple = !added && is_floor(activation);
+    const Vector<A> least = broadcast(floor_of<A>(activation));
     for (int64_t r = tiles.row_begin; r < tiles.row_end; ++r) {
       for (int64_t c = tiles.column_begin; c < tiles.column_end; ++c, ++tile) {
         const int64_t row = r % grid_.high * M, column = c * M;

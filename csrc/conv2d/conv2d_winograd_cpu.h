@@ -377,14 +377,6 @@ class TileExpander {
   int64_t step_, top_, left_;
 };
 
-// body(std::integral_constant<int, value>), of a value in [First, Last].
-template <int First, int Last, typename Body>
-inline void with_constant(int64_t value, const Body& body) {
-  if constexpr (First < Last)
-    if (value != First) return with_constant<First + 1, Last>(value, body);
-  body(std::integral_constant<int, First>{});
-}
-
 // out[r] = (sum, or 0) + sum over k of rows[r * row_stride + k * row_step] * panel[k * panel_step ...], V
 // vectors wide, for `count` rows, 6 or fewer at a time. Adding a whole block's sum to a long sum rounds less
 // than adding its terms one by one.

@@ -25,6 +25,7 @@ from ._operator import (
     as_memory_format,
     autocast,
     fold_into,
+    is_autocast,
     map_one_by_one,
     memory_format_of,
     new_output,
@@ -123,7 +124,7 @@ def conv_transpose2d(
     plan = _plans.find(key)
     if plan is None:
         check_tensor("input", input, rank=4)
-        if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
+        if is_autocast(input):
             input, weight, bias = autocast(input.device.type, tensors)
         check_tensor("weight", weight, rank=4, like=input)
         stride, dilation = pair("stride", stride), pair("dilation", dilation)
