@@ -7,7 +7,8 @@
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
 inline constexpr int64_t l2_bytes = 512 << 10;  // of a panel's weights that are used again and again
-inline constexpr int64_t chunk_pixels = 192;    // that a panel's weights serve before the next panel comes
+inline constexpr int64_t cache_line = 64;
+inline constexpr int64_t chunk_pixels = 192;  // that a panel's weights serve before the next panel comes
 
 // How values are multiplied: each on its own, in the type of the sums, or bfloat16 two by two.
 template <typename E>
@@ -169,6 +170,7 @@ class Direct {
 
     const int64_t begin = worker.chunk->begin * pass_.columns(phase),
                   end = worker.chunk->end * pass_.columns(phase);
+    const int64_t ahead_step = phase.column_step * output_.channels;
     const int64_t tap_rows =
         std::max<int64_t>(1, l2_bytes / std::max<int64_t>(1, tap_row * int64_t(sizeof(E))));
     for (int64_t i = 0; i == 0 || i < phase.taps_high; i += tap_rows) {
@@ -183,7 +185,13 @@ class Direct {
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) sum[r][v] = load_vector((i == 0 ? bias : sums + r * line) + v * L);
-        add_taps<R, V>(phase, pixels, worker.zeros.data(), weights + i * tap_row, i, i_end, sum);
+        Ahead ahead;
+        if (i_end == phase.taps_high && pass_.shape.channels_last && q + R < end) {
+          const int64_t output = pixels.output[0] + R * ahead_step + first;
+          ahead = {output_.data + output, epilogue_.residual ? epilogue_.residual + output : nullptr,
+                   panel == 0 ? R * pass_.geometry.stride_width * pixel_stride_ : 0, ahead_step};
+        }
+        add_taps<R, V>(phase, pixels, worker.zeros.data(), weights + i * tap_row, i, i_end, ahead, sum);
         if (i_end == phase.taps_high &&
             store_in_place<R, V>(pixels, std::min<int64_t>(R, end - q), first, lanes, sum))
           continue;
@@ -226,11 +234,46 @@ class Direct {
     }
   }
 
+  // What the next block will touch. It is asked for a cache line at a time between the computations of the
+  // last tap: runs of a pixel's channels, each at a distance, are not what hardware prefetchers follow.
+  struct Ahead {
+    const T* output = nullptr;  // null: nothing
+    const T* residual = nullptr;
+    int64_t input = 0;  // distance of what is read, from what is read now; 0: it has been read
+    int64_t step = 0;   // between pixels of the output
+  };
+
+  template <int R, int V>
+  inline __attribute__((always_inline)) void add_last_tap(const E* const (&lines)[R], const E* weights,
+                                                          int64_t length, const Ahead& ahead,
+                                                          Vector<A> (&sum)[R][V]) const {
+    constexpr int64_t piece = cache_line / sizeof(E);
+    const int64_t pieces = ceil_div(length, piece);
+    for (int64_t p = 0, v = 0; p < pieces; ++p) {
+      const E* rows[R];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) rows[r] = lines[r] + p * piece;
+      if (ahead.input > 0) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) __builtin_prefetch(rows[r] + ahead.input);
+      }
+      for (; v * pieces < (p + 1) * V; ++v) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          prefetch_for_write(ahead.output + r * ahead.step + v * L);
+          if (ahead.residual) __builtin_prefetch(ahead.residual + r * ahead.step + v * L);
+        }
+      }
+      multiply_add(sum, rows, 1, weights + p * piece * V * L, V * L, std::min(piece, length - p * piece));
+    }
+  }
+
   // Rows [i, i_end) of the taps.
   template <int R, int V>
   inline __attribute__((always_inline)) void add_taps(const Phase& phase, const Pixels<R>& pixels,
                                                       const E* zeros, const E* weights, int64_t i,
-                                                      int64_t i_end, Vector<A> (&sum)[R][V]) const {
+                                                      int64_t i_end, const Ahead& ahead,
+                                                      Vector<A> (&sum)[R][V]) const {
     const Geometry& g = pass_.geometry;
     const bool runs = has_runs(phase) && pixels.inner;
     const int64_t length = runs ? run(phase) : from_, steps = runs ? 1 : phase.taps_wide;
@@ -247,7 +290,11 @@ class Direct {
           lines[r] = inside ? pixels.image[r] + (row * g.in_width + column) * pixel_stride_ : zeros;
           any |= inside;
         }
-        if (any) multiply_add(sum, lines, 1, weights, V * L, length);
+        if (!any) continue;
+        if (ahead.output && i + 1 == i_end && j + 1 == steps)
+          add_last_tap(lines, weights, length, ahead, sum);
+        else
+          multiply_add(sum, lines, 1, weights, V * L, length);
       }
     }
   }
