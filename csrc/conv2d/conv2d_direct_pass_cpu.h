@@ -1,14 +1,13 @@
 // The pixels of a pass against panels of filters; see conv2d_direct_cpu.cpp.
 #pragma once
 
-#include "../common/tile.h"
+#include "../common/prefetch.h"
 #include "conv2d_direct_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
 inline constexpr int64_t l2_bytes = 512 << 10;  // of a panel's weights that are used again and again
-inline constexpr int64_t cache_line = 64;
-inline constexpr int64_t chunk_pixels = 192;  // that a panel's weights serve before the next panel comes
+inline constexpr int64_t chunk_pixels = 192;    // that a panel's weights serve before the next panel comes
 
 // How values are multiplied: each on its own, in the type of the sums, or bfloat16 two by two.
 template <typename E>
@@ -44,7 +43,7 @@ template <typename T, typename E>
 class Direct {
  public:
   using A = accumulate_t<T>;
-  static constexpr int64_t L = lanes_of<A>;
+  static constexpr int64_t L = lanes_of<A>, line_values = PrefetchRuns::line / int64_t(sizeof(E));
 
   Direct(const T* input, const E* packed, const Conv2dEpilogue<T>& epilogue, T* output,
          const DirectPass& pass)
@@ -106,6 +105,7 @@ class Direct {
     Scratch<E> tile;
     const Chunk* chunk = nullptr;
     int64_t group = 0, first_image = 0;
+    PrefetchRuns next;
     std::vector<const E*> images;  // of the chunk: pixel (0, 0), the group's first channel
   };
 
@@ -155,7 +155,7 @@ class Direct {
   }
 
   template <int V>
-  void compute_panel(const Worker& worker, int64_t panel) const {
+  void compute_panel(Worker& worker, int64_t panel) const {
     constexpr int R = std::min(rows_of<V>, 12);
     const Phase& phase = *worker.chunk->phase;
     const int64_t line = V * L, from = from_, tap_row = phase.taps_wide * from * line;
@@ -170,7 +170,8 @@ class Direct {
 
     const int64_t begin = worker.chunk->begin * pass_.columns(phase),
                   end = worker.chunk->end * pass_.columns(phase);
-    const int64_t ahead_step = phase.column_step * output_.channels;
+    if (!pass_.shape.channels_last)
+      prefetch_chunk(worker.next, worker, first, lanes, ceil_div(end - begin, R), panel == 0);
     const int64_t tap_rows =
         std::max<int64_t>(1, l2_bytes / std::max<int64_t>(1, tap_row * int64_t(sizeof(E))));
     for (int64_t i = 0; i == 0 || i < phase.taps_high; i += tap_rows) {
@@ -185,21 +186,18 @@ class Direct {
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) sum[r][v] = load_vector((i == 0 ? bias : sums + r * line) + v * L);
-        Ahead ahead;
-        if (i_end == phase.taps_high && pass_.shape.channels_last && q + R < end) {
-          const int64_t output = pixels.output[0] + R * ahead_step + first;
-          ahead = {output_.data + output, epilogue_.residual ? epilogue_.residual + output : nullptr,
-                   panel == 0 ? R * pass_.geometry.stride_width * pixel_stride_ : 0, ahead_step};
-        }
-        add_taps<R, V>(phase, pixels, worker.zeros.data(), weights + i * tap_row, i, i_end, ahead, sum);
-        if (i_end == phase.taps_high &&
-            store_in_place<R, V>(pixels, std::min<int64_t>(R, end - q), first, lanes, sum))
-          continue;
+        const bool last = i_end == phase.taps_high;
+        if (last && pass_.shape.channels_last)
+          prefetch_block<R>(worker.next, phase, pixels, first, lanes, std::min<int64_t>(R, end - q - R),
+                            panel == 0);
+        add_taps<R, V>(phase, pixels, worker.zeros.data(), weights + i * tap_row, i, i_end,
+                       last ? &worker.next : nullptr, sum);
+        if (last && store_in_place<R, V>(pixels, std::min<int64_t>(R, end - q), first, lanes, sum)) continue;
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) store_vector(sums + r * line + v * L, sum[r][v]);
-        if (i_end == phase.taps_high && pass_.shape.channels_last)
+        if (last && pass_.shape.channels_last)
           for (int64_t r = 0; r < std::min<int64_t>(R, end - q); ++r)
             store_run(sums + r * line, epilogue_, output_.data, pixels.output[r] + first, 1, lanes);
       }
@@ -234,37 +232,55 @@ class Direct {
     }
   }
 
-  // What the next block will touch. It is asked for a cache line at a time between the computations of the
-  // last tap: runs of a pixel's channels, each at a distance, are not what hardware prefetchers follow.
-  struct Ahead {
-    const T* output = nullptr;  // null: nothing
-    const T* residual = nullptr;
-    int64_t input = 0;  // distance of what is read, from what is read now; 0: it has been read
-    int64_t step = 0;   // between pixels of the output
-  };
+  // How often a block asks for memory: once for each cache line of a run of the last tap.
+  int64_t parts(const Phase& phase) const { return ceil_div(run(phase), line_values); }
 
-  template <int R, int V>
-  inline __attribute__((always_inline)) void add_last_tap(const E* const (&lines)[R], const E* weights,
-                                                          int64_t length, const Ahead& ahead,
-                                                          Vector<A> (&sum)[R][V]) const {
-    constexpr int64_t piece = cache_line / sizeof(E);
-    const int64_t pieces = ceil_div(length, piece);
-    for (int64_t p = 0, v = 0; p < pieces; ++p) {
-      const E* rows[R];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) rows[r] = lines[r] + p * piece;
-      if (ahead.input > 0) {
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) __builtin_prefetch(rows[r] + ahead.input);
-      }
-      for (; v * pieces < (p + 1) * V; ++v) {
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-          prefetch_for_write(ahead.output + r * ahead.step + v * L);
-          if (ahead.residual) __builtin_prefetch(ahead.residual + r * ahead.step + v * L);
-        }
-      }
-      multiply_add(sum, rows, 1, weights + p * piece * V * L, V * L, std::min(piece, length - p * piece));
+  // What the next block of `count` pixels will touch, where the channels of a pixel are together.
+  template <int R>
+  void prefetch_block(PrefetchRuns& next, const Phase& phase, const Pixels<R>& pixels, int64_t first,
+                      int64_t lanes, int64_t count, bool reads) const {
+    const Geometry& g = pass_.geometry;
+    next.clear(parts(phase));
+    const int64_t step = phase.column_step * output_.channels, at = pixels.output[0] + R * step + first;
+    next.add(output_.data + at, lanes, step, count);
+    if (epilogue_.residual) next.add(epilogue_.residual + at, lanes, step, count);
+    if (!in_place_ || !reads) return;
+    const int64_t row = pixels.row[0] + (phase.taps_high - 1) * phase.dilation_height;
+    const int64_t pixel = row * g.in_width + pixels.column[0] + R * g.stride_width;
+    next.add(pixels.image[0] + pixel * pixel_stride_, from_, g.stride_width * pixel_stride_, count);
+  }
+
+  // What will be touched after the blocks of a chunk, where the pixels of a channel are together: these
+  // filters of the output, and what the next chunk reads.
+  void prefetch_chunk(PrefetchRuns& next, const Worker& worker, int64_t first, int64_t lanes, int64_t blocks,
+                      bool reads) const {
+    const Chunk& chunk = *worker.chunk;
+    next.clear(blocks * parts(*chunk.phase));
+    for_runs(chunk, [&](int64_t at, int64_t count) {
+      T* run = output_.data + at + first * output_.channel_stride();
+      next.add(run, chunk.phase->column_step * count, output_.channel_stride(), lanes);
+    });
+    if (!reads || &chunk == &chunks_.back()) return;
+    for_images((&chunk)[1], [&](int64_t n, Range rows) {
+      const int64_t channel = worker.group * pass_.from_group;
+      next.add(input_.next(n), channel, channel + pass_.from_group, rows.begin, rows.end);
+    });
+  }
+
+  // visit(index in the output of its first value in channel 0, pixels) for each run of pixels that a chunk
+  // computes.
+  template <typename Visit>
+  void for_runs(const Chunk& chunk, const Visit& visit) const {
+    const Phase& phase = *chunk.phase;
+    const int64_t columns = pass_.columns(phase), rows = pass_.rows(phase);
+    const bool whole_rows = phase.row_step == 1 && phase.column_step == 1;  // rows follow each other
+    for (int64_t row = chunk.begin; row < chunk.end;) {
+      const int64_t n = row / rows, e = row % rows;
+      const int64_t e_end = whole_rows ? std::min(rows, e + chunk.end - row) : e + 1;
+      visit((n * output_.channels * output_.height + phase.first_row + e * phase.row_step) * output_.width +
+                phase.first_column,
+            (e_end - e) * columns);
+      row += e_end - e;
     }
   }
 
@@ -272,7 +288,7 @@ class Direct {
   template <int R, int V>
   inline __attribute__((always_inline)) void add_taps(const Phase& phase, const Pixels<R>& pixels,
                                                       const E* zeros, const E* weights, int64_t i,
-                                                      int64_t i_end, const Ahead& ahead,
+                                                      int64_t i_end, PrefetchRuns* next,
                                                       Vector<A> (&sum)[R][V]) const {
     const Geometry& g = pass_.geometry;
     const bool runs = has_runs(phase) && pixels.inner;
@@ -291,11 +307,24 @@ class Direct {
           any |= inside;
         }
         if (!any) continue;
-        if (ahead.output && i + 1 == i_end && j + 1 == steps)
-          add_last_tap(lines, weights, length, ahead, sum);
+        if (next && i + 1 == i_end && j + 1 == steps)
+          add_last_tap<R, V>(*next, lines, weights, length, sum);
         else
           multiply_add(sum, lines, 1, weights, V * L, length);
       }
+    }
+  }
+
+  template <int R, int V>
+  inline __attribute__((always_inline)) void add_last_tap(PrefetchRuns& next, const E* const (&lines)[R],
+                                                          const E* weights, int64_t length,
+                                                          Vector<A> (&sum)[R][V]) const {
+    for (int64_t k = 0; k < length; k += line_values) {
+      next.ask();
+      const E* rows[R];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) rows[r] = lines[r] + k;
+      multiply_add(sum, rows, 1, weights + k * V * L, V * L, std::min(line_values, length - k));
     }
   }
 
@@ -331,15 +360,9 @@ class Direct {
 
   // The sums of a chunk, (pixels, line), into contiguous images: transposed L pixels at a time.
   void store_contiguous(const Worker& worker, int64_t first, int64_t lanes, int64_t line) const {
-    const Phase& phase = *worker.chunk->phase;
-    const int64_t columns = pass_.columns(phase), rows = pass_.rows(phase);
-    const bool whole_rows = phase.row_step == 1 && phase.column_step == 1;  // rows follow each other
+    const int64_t step = worker.chunk->phase->column_step;
     const A* sums = worker.sums.data();
-    for (int64_t row = worker.chunk->begin; row < worker.chunk->end;) {
-      const int64_t n = row / rows, e = row % rows;
-      const int64_t e_end = whole_rows ? std::min(rows, e + worker.chunk->end - row) : e + 1;
-      const int64_t count = (e_end - e) * columns;
-      const int64_t at = (phase.first_row + e * phase.row_step) * output_.width + phase.first_column;
+    for_runs(*worker.chunk, [&](int64_t at, int64_t count) {
       for (int64_t c = 0; c < lanes; c += L) {
         for (int64_t k = 0; k < count; k += L) {
           A square[L][L];
@@ -347,14 +370,12 @@ class Direct {
                               [&](int lane) { return square[lane]; });
           for (int64_t lane = 0; lane < std::min(L, lanes - c); ++lane)
             store_run(square[lane], epilogue_, output_.data,
-                      (n * output_.channels + first + c + lane) * output_.height * output_.width + at +
-                          k * phase.column_step,
-                      phase.column_step, std::min(L, count - k));
+                      at + (first + c + lane) * output_.channel_stride() + k * step, step,
+                      std::min(L, count - k));
         }
       }
       sums += count * line;
-      row += e_end - e;
-    }
+    });
   }
 
   Image<const T> input_;
