@@ -7,7 +7,8 @@
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
 inline constexpr int64_t l2_bytes = 512 << 10;  // of a panel's weights that are used again and again
-inline constexpr int64_t chunk_pixels = 192;    // that a panel's weights serve before the next panel comes
+inline constexpr int64_t most_pixels = 192;     // that a panel's weights serve before the next panel comes
+inline constexpr int64_t few_channels = 16;  // fewer are copied with the padding, and make runs of all taps
 
 // How values are multiplied: each on its own, in the type of the sums, or bfloat16 two by two.
 template <typename E>
@@ -56,9 +57,11 @@ class Direct {
         pass_(pass),
         panels_{pass.to_group},
         from_(ceil_div(pass.from_group, values_in<E>)),
-        in_place_(std::is_same_v<T, stored<E>> && pass.shape.channels_last &&
+        in_place_(std::is_same_v<T, stored<E>> && pass.shape.channels_last && from_ >= few_channels &&
                   pass.from_group % values_in<E> == 0),
-        pixel_stride_(in_place_ ? input_.channels / values_in<E> : from_) {
+        pixel_stride_(in_place_ ? input_.channels / values_in<E> : from_),
+        columns_(columns_read()) {
+    const int64_t chunk_pixels = from_ < few_channels ? 2 * most_pixels : most_pixels;
     int64_t parts = 0;
     for (const Phase& phase : pass.geometry.phases) {
       const int64_t rows = std::max<int64_t>(1, chunk_pixels / std::max<int64_t>(1, pass.columns(phase)));
@@ -72,7 +75,7 @@ class Direct {
         const Chunk chunk{&phase, rows * k / parts, rows * (k + 1) / parts};
         if (chunk.begin == chunk.end) continue;
         chunks_.push_back(chunk);
-        most_pixels_ = std::max(most_pixels_, (chunk.end - chunk.begin) * pass.columns(phase));
+        chunk_pixels_ = std::max(chunk_pixels_, (chunk.end - chunk.begin) * pass.columns(phase));
         int64_t rows_read = 0;
         for_images(chunk, [&](int64_t, Range read) { rows_read += read.end - read.begin; });
         most_rows_read_ = std::max(most_rows_read_, rows_read);
@@ -96,8 +99,8 @@ class Direct {
   struct Worker {
     explicit Worker(const Direct& of)
         : zeros(of.longest_run_),
-          sums((of.most_pixels_ + accumulators) * of.panels_.width),
-          tile(of.in_place_ ? 0 : of.most_rows_read_ * of.input_.width * of.from_) {
+          sums((of.chunk_pixels_ + accumulators) * of.panels_.width),
+          tile(of.in_place_ ? 0 : of.most_rows_read_ * of.width() * of.from_) {
       std::fill_n(zeros.data(), of.longest_run_, E{});
     }
     Scratch<E> zeros;
@@ -116,6 +119,20 @@ class Direct {
     int64_t output[R];          // index of the pixel's first channel in a channels_last output
     bool inner;                 // every tap of a row lies inside the image, for all pixels
   };
+
+  // The columns that a tile of few channels has: with the padding, unless that is wider than the image.
+  Range columns_read() const {
+    const int64_t width = input_.width;
+    int64_t begin = 0, end = width;
+    if (from_ < few_channels)
+      for (const Phase& phase : pass_.geometry.phases) {
+        begin = std::min(begin, -phase.left);
+        end = std::max(end, (pass_.columns(phase) - 1) * pass_.geometry.stride_width +
+                                (phase.taps_wide - 1) * phase.dilation_width + 1 - phase.left);
+      }
+    return end - begin <= 2 * width + 16 ? Range{begin, end} : Range{0, width};
+  }
+  int64_t width() const { return columns_.end - columns_.begin; }
 
   bool has_runs(const Phase& phase) const { return phase.dilation_width == 1 && pixel_stride_ == from_; }
   int64_t run(const Phase& phase) const { return from_ * (has_runs(phase) ? phase.taps_wide : 1); }
@@ -147,10 +164,16 @@ class Direct {
       const Image<const T> image = input_.next(n);
       if (in_place_)
         return worker.images.push_back(reinterpret_cast<const E*>(image.data + group * pass_.from_group));
-      const int64_t first = rows.begin * image.width, pixels = (rows.end - rows.begin) * image.width;
-      load_operands(image, group * pass_.from_group, pass_.from_group, first, pixels, tile);
-      worker.images.push_back(tile - first * from_);
-      tile += pixels * from_;
+      worker.images.push_back(tile - rows.begin * width() * from_);
+      const int64_t channel = group * pass_.from_group, padding = width() - image.width;
+      const int64_t runs = padding > 0 ? rows.end - rows.begin : 1;
+      const int64_t pixels = (rows.end - rows.begin) * image.width / runs;
+      for (int64_t k = 0; k < runs; ++k) {
+        tile = std::fill_n(tile, -columns_.begin * from_, E{});
+        load_operands(image, channel, pass_.from_group, rows.begin * image.width + k * pixels, pixels, tile);
+        tile += pixels * from_;
+        tile = std::fill_n(tile, (columns_.end - image.width) * from_, E{});
+      }
     });
   }
 
@@ -172,6 +195,7 @@ class Direct {
                   end = worker.chunk->end * pass_.columns(phase);
     if (!pass_.shape.channels_last)
       prefetch_chunk(worker.next, worker, first, lanes, ceil_div(end - begin, R), panel == 0);
+    const int64_t output_step = phase.column_step * output_.channels;
     const int64_t tap_rows =
         std::max<int64_t>(1, l2_bytes / std::max<int64_t>(1, tap_row * int64_t(sizeof(E))));
     for (int64_t i = 0; i == 0 || i < phase.taps_high; i += tap_rows) {
@@ -187,11 +211,15 @@ class Direct {
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) sum[r][v] = load_vector((i == 0 ? bias : sums + r * line) + v * L);
         const bool last = i_end == phase.taps_high;
-        if (last && pass_.shape.channels_last)
-          prefetch_block<R>(worker.next, phase, pixels, first, lanes, std::min<int64_t>(R, end - q - R),
-                            panel == 0);
+        const int64_t at = pixels.output[0] + R * output_step + first;
+        Ahead ahead{pass_.shape.channels_last ? nullptr : &worker.next,
+                    output_.data + at,
+                    epilogue_.residual ? epilogue_.residual + at : nullptr,
+                    output_step,
+                    in_place_ && panel == 0 ? R * pass_.geometry.stride_width * pixel_stride_ : 0,
+                    asks(phase, pixels.inner)};
         add_taps<R, V>(phase, pixels, worker.zeros.data(), weights + i * tap_row, i, i_end,
-                       last ? &worker.next : nullptr, sum);
+                       last ? &ahead : nullptr, sum);
         if (last && store_in_place<R, V>(pixels, std::min<int64_t>(R, end - q), first, lanes, sum)) continue;
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
@@ -219,12 +247,12 @@ class Direct {
     for (int r = 0; r < R; ++r) {
       pixels.image[r] = worker.images[at.image - worker.first_image];
       pixels.row[r] = at.row * g.stride_height - phase.top;
-      pixels.column[r] = at.column * g.stride_width - phase.left;
+      pixels.column[r] = at.column * g.stride_width - phase.left - columns_.begin;
       pixels.output[r] =
           ((at.image * g.out_height + phase.first_row + at.row * phase.row_step) * g.out_width +
            phase.first_column + at.column * phase.column_step) *
           output_.channels;
-      pixels.inner &= pixels.column[r] >= 0 && pixels.column[r] + phase.taps_wide <= g.in_width;
+      pixels.inner &= pixels.column[r] >= 0 && pixels.column[r] + phase.taps_wide <= width();
       if (r + 1 >= count && r + 1 < R) continue;
       if (++at.column < columns) continue;
       at.column = 0;
@@ -232,22 +260,32 @@ class Direct {
     }
   }
 
-  // How often a block asks for memory: once for each cache line of a run of the last tap.
-  int64_t parts(const Phase& phase) const { return ceil_div(run(phase), line_values); }
+  // Memory asked for between the computations of a block: at each run of taps, or, where there is one tap,
+  // at each cache line of its channels.
+  struct Ahead {
+    PrefetchRuns* runs;          // of the chunk, or null:
+    const T *output, *residual;  // of the next block; the residual may be null
+    int64_t output_step;         // between its pixels
+    int64_t input;               // distance of what it reads, or 0 where that has been read
+    int64_t asks, asked = 0, vector = 0;
 
-  // What the next block of `count` pixels will touch, where the channels of a pixel are together.
-  template <int R>
-  void prefetch_block(PrefetchRuns& next, const Phase& phase, const Pixels<R>& pixels, int64_t first,
-                      int64_t lanes, int64_t count, bool reads) const {
-    const Geometry& g = pass_.geometry;
-    next.clear(parts(phase));
-    const int64_t step = phase.column_step * output_.channels, at = pixels.output[0] + R * step + first;
-    next.add(output_.data + at, lanes, step, count);
-    if (epilogue_.residual) next.add(epilogue_.residual + at, lanes, step, count);
-    if (!in_place_ || !reads) return;
-    const int64_t row = pixels.row[0] + (phase.taps_high - 1) * phase.dilation_height;
-    const int64_t pixel = row * g.in_width + pixels.column[0] + R * g.stride_width;
-    next.add(pixels.image[0] + pixel * pixel_stride_, from_, g.stride_width * pixel_stride_, count);
+    template <int R, int V>
+    inline __attribute__((always_inline)) void ask() {
+      if (runs) return runs->ask();
+      ++asked;
+      for (; vector * asks < asked * V; ++vector) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          prefetch_for_write(output + r * output_step + vector * L);
+          if (residual) __builtin_prefetch(residual + r * output_step + vector * L);
+        }
+      }
+    }
+  };
+
+  int64_t asks(const Phase& phase, bool inner) const {
+    if (phase.taps_high * phase.taps_wide == 1) return ceil_div(from_, line_values);
+    return phase.taps_high * (has_runs(phase) && inner ? 1 : phase.taps_wide);
   }
 
   // What will be touched after the blocks of a chunk, where the pixels of a channel are together: these
@@ -255,7 +293,7 @@ class Direct {
   void prefetch_chunk(PrefetchRuns& next, const Worker& worker, int64_t first, int64_t lanes, int64_t blocks,
                       bool reads) const {
     const Chunk& chunk = *worker.chunk;
-    next.clear(blocks * parts(*chunk.phase));
+    next.clear(blocks * asks(*chunk.phase, true));
     for_runs(chunk, [&](int64_t at, int64_t count) {
       T* run = output_.data + at + first * output_.channel_stride();
       next.add(run, chunk.phase->column_step * count, output_.channel_stride(), lanes);
@@ -288,10 +326,11 @@ class Direct {
   template <int R, int V>
   inline __attribute__((always_inline)) void add_taps(const Phase& phase, const Pixels<R>& pixels,
                                                       const E* zeros, const E* weights, int64_t i,
-                                                      int64_t i_end, PrefetchRuns* next,
+                                                      int64_t i_end, Ahead* ahead,
                                                       Vector<A> (&sum)[R][V]) const {
     const Geometry& g = pass_.geometry;
     const bool runs = has_runs(phase) && pixels.inner;
+    const bool single = phase.taps_high * phase.taps_wide == 1;
     const int64_t length = runs ? run(phase) : from_, steps = runs ? 1 : phase.taps_wide;
     for (; i < i_end; ++i) {
       for (int64_t j = 0; j < steps; ++j, weights += length * V * L) {
@@ -301,29 +340,33 @@ class Direct {
         for (int r = 0; r < R; ++r) {
           const int64_t row = pixels.row[r] + i * phase.dilation_height;
           const int64_t column = pixels.column[r] + j * phase.dilation_width;
-          const bool inside =
-              uint64_t(row) < uint64_t(g.in_height) && uint64_t(column) < uint64_t(g.in_width);
-          lines[r] = inside ? pixels.image[r] + (row * g.in_width + column) * pixel_stride_ : zeros;
+          const bool inside = uint64_t(row) < uint64_t(g.in_height) && uint64_t(column) < uint64_t(width());
+          lines[r] = inside ? pixels.image[r] + (row * width() + column) * pixel_stride_ : zeros;
           any |= inside;
         }
         if (!any) continue;
-        if (next && i + 1 == i_end && j + 1 == steps)
-          add_last_tap<R, V>(*next, lines, weights, length, sum);
-        else
-          multiply_add(sum, lines, 1, weights, V * L, length);
+        if (ahead && single) {
+          add_single_tap(lines, weights, length, *ahead, sum);
+          continue;
+        }
+        if (ahead) ahead->template ask<R, V>();
+        multiply_add(sum, lines, 1, weights, V * L, length);
       }
     }
   }
 
   template <int R, int V>
-  inline __attribute__((always_inline)) void add_last_tap(PrefetchRuns& next, const E* const (&lines)[R],
-                                                          const E* weights, int64_t length,
-                                                          Vector<A> (&sum)[R][V]) const {
+  inline __attribute__((always_inline)) void add_single_tap(const E* const (&lines)[R], const E* weights,
+                                                            int64_t length, Ahead& ahead,
+                                                            Vector<A> (&sum)[R][V]) const {
     for (int64_t k = 0; k < length; k += line_values) {
-      next.ask();
       const E* rows[R];
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) rows[r] = lines[r] + k;
+      for (int r = 0; r < R; ++r) {
+        rows[r] = lines[r] + k;
+        if (ahead.input > 0) __builtin_prefetch(rows[r] + ahead.input);
+      }
+      ahead.template ask<R, V>();
       multiply_add(sum, rows, 1, weights + k * V * L, V * L, std::min(line_values, length - k));
     }
   }
@@ -387,7 +430,8 @@ class Direct {
   int64_t from_;  // values of E that a group of channels takes
   bool in_place_;
   int64_t pixel_stride_;  // between two pixels of what is read
-  int64_t longest_run_ = 1, most_pixels_ = 0, most_rows_read_ = 0;
+  Range columns_;         // of the image that are read
+  int64_t longest_run_ = 1, chunk_pixels_ = 0, most_rows_read_ = 0;
   std::vector<Chunk> chunks_;
 };
 
