@@ -10,12 +10,14 @@
 // Limits: multiply-adds; few filters, for which gathering (a load and a store for each 16 values) is no
 //   trifle.
 #include "conv2d_im2col_cpu.h"
+#include "../common/prefetch.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t most_lines = 2560;  // of a panel: 640 KB with AVX-512
 constexpr int64_t least_items = 8;    // for threads to share
+constexpr int64_t ask_lines = 16;     // computed between two asks for memory
 
 template <typename T>
 class Im2col {
@@ -67,6 +69,7 @@ class Im2col {
       for (int64_t c = 0; c == 0 || c < pass_.from_group; c += channels) {
         const int64_t c_end = std::min(pass_.from_group, c + channels);
         gather(worker, c, c_end);
+        prefetch(worker, c_end - c, c_end == pass_.from_group);
         with_constant<1, most_vectors>(ceil_div(worker.pixels, L),
                                        [&](auto vectors) { multiply<vectors>(worker, c, c_end); });
       }
@@ -96,6 +99,7 @@ class Im2col {
     const Phase& phase;
     int64_t group, filter, filter_end;
     A *columns, *partial;
+    PrefetchRuns next = {};
     int64_t pixels = 0;
     std::vector<Run> runs = {};
     std::vector<Piece> pieces = {};
@@ -174,8 +178,32 @@ class Im2col {
     for (; k < count; ++k) target[k] = load(source[k * stride]);
   }
 
+  // Will be asked for while the panel is multiplied: of the output, whose filters lie far apart, what the
+  // next filters write, and of the input what the next panel reads.
+  void prefetch(Worker& worker, int64_t channels, bool last) const {
+    const Phase& phase = worker.phase;
+    const Geometry& g = pass_.geometry;
+    const Run& run = worker.runs.front();
+    const int64_t filters = worker.filter_end - worker.filter;
+    worker.next.clear(ceil_div(filters, rows_of<most_vectors>) *
+                      ceil_div(channels * worker.taps(), ask_lines));
+    if (!last) return;
+    const int64_t image = run.image * pass_.shape.groups + worker.group;
+    const int64_t at = (image * pass_.to_group + worker.filter + rows_of<most_vectors>)*out_pixels_ +
+                       (phase.first_row + run.row * phase.row_step) * g.out_width + phase.first_column +
+                       run.column * phase.column_step;
+    const int64_t count = worker.pixels * phase.column_step, rest = filters - rows_of<most_vectors>;
+    worker.next.add(output_ + at, count, out_pixels_, rest);
+    if (epilogue_.residual) worker.next.add(epilogue_.residual + at, count, out_pixels_, rest);
+    if (worker.taps() > 1) return;  // most of it has been read for the tap above
+    const int64_t row = run.row * g.stride_height - phase.top;
+    const int64_t pixel = row * g.in_width + (run.column + width) * g.stride_width - phase.left;
+    worker.next.add(input_ + image * pass_.from_group * in_pixels_ + pixel, width * g.stride_width,
+                    in_pixels_, pass_.from_group);
+  }
+
   template <int V>
-  void multiply(const Worker& worker, int64_t c, int64_t c_end) const {
+  void multiply(Worker& worker, int64_t c, int64_t c_end) const {
     int64_t m = worker.filter;
     for (; m + 6 <= worker.filter_end; m += 6) multiply_filters<6, V>(worker, m, c, c_end);
     if (m + 4 <= worker.filter_end) multiply_filters<4, V>(worker, m, c, c_end), m += 4;
@@ -184,7 +212,7 @@ class Im2col {
   }
 
   template <int R, int V>
-  void multiply_filters(const Worker& worker, int64_t m, int64_t c, int64_t c_end) const {
+  void multiply_filters(Worker& worker, int64_t m, int64_t c, int64_t c_end) const {
     const int64_t taps = worker.taps(), lines = pass_.from_group * taps,
                   filter = worker.group * pass_.to_group + m;
     const A* weights = packed_ + worker.group * pass_.to_group * pass_.from_group * pass_.shape.taps() +
@@ -199,7 +227,14 @@ class Im2col {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] = c == 0 ? bias : load_vector(sums + r * width + v * L);
     }
-    multiply_add(sum, rows, 1, worker.columns, width, (c_end - c) * taps);
+    const int64_t count = (c_end - c) * taps;
+    for (int64_t k = 0; k < count; k += ask_lines) {
+      worker.next.ask();
+      const A* values[R];
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) values[r] = rows[r] + k;
+      multiply_add(sum, values, 1, worker.columns + k * width, width, std::min(ask_lines, count - k));
+    }
     if (c_end < pass_.from_group) {
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r)
