@@ -69,6 +69,7 @@ struct Conv2dCpuVariant {
   decltype(&portable::conv2d_plain_pack_weight_cpu<T>) pack_weight;
   decltype(&portable::conv2d_plain_forward_cpu<T>) forward;
   decltype(&portable::conv2d_plain_grad_weight_cpu<T>) grad_weight;
+  decltype(&portable::conv2d_winograd_f2_forward_unpacked_cpu<T>) forward_unpacked = nullptr;  // some have it
 };
 template <typename T>
 struct ConvTranspose2dCpuVariant {
@@ -76,6 +77,7 @@ struct ConvTranspose2dCpuVariant {
   decltype(&portable::conv_transpose2d_plain_packed_size<T>) packed_size;
   decltype(&portable::conv_transpose2d_plain_pack_weight_cpu<T>) pack_weight;
   decltype(&portable::conv_transpose2d_plain_forward_cpu<T>) forward;
+  decltype(&portable::conv_transpose2d_winograd_f2_forward_unpacked_cpu<T>) forward_unpacked = nullptr;
 };
 template <typename T>
 struct Conv2dCudaVariant {
@@ -101,12 +103,24 @@ struct ConvTranspose2dCudaVariant {
    conv2d_##variant##_grad_weight_cuda<T>},
 #define FASTCONV_CONV_TRANSPOSE2D_CUDA_ROW(variant) {#variant, conv_transpose2d_##variant##_forward_cuda<T>},
 
+#define FASTCONV_CONV2D_UNPACKED(variant) \
+  named(rows, #variant).forward_unpacked = conv2d_##variant##_forward_unpacked_cpu<T>;
+#define FASTCONV_CONV_TRANSPOSE2D_UNPACKED(variant) \
+  named(rows, #variant).forward_unpacked = conv_transpose2d_##variant##_forward_unpacked_cpu<T>;
+
+template <typename Variant>
+Variant& named(std::vector<Variant>& rows, std::string_view name) {
+  return *std::ranges::find(rows, name, &Variant::name);
+}
+
 FASTCONV_DECLARE_CPU(
     template <typename T> void list(std::vector<Conv2dCpuVariant<T>>& rows) {
       rows = {FASTCONV_CONV2D_CPU_VARIANTS(FASTCONV_CONV2D_CPU_ROW)};
+      FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(FASTCONV_CONV2D_UNPACKED)
     } template <typename T>
     void list(std::vector<ConvTranspose2dCpuVariant<T>>& rows) {
       rows = {FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CPU_ROW)};
+      FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_UNPACKED)
     })
 
 template <typename Variant>
@@ -187,6 +201,11 @@ struct Cpu {
                       const std::optional<Tensor>& packed, const Conv2dEpilogue<T>& epilogue,
                       const Tensor& output, const Conv2dShape& shape) {
     const auto& variant = find<Conv2dCpuVariant<T>>(algorithm, shape);
+    if (!packed && variant.forward_unpacked) {
+      const Tensor dense = as_contiguous(weight);
+      return variant.forward_unpacked(const_data<T>(input), const_data<T>(dense), epilogue,
+                                      mutable_data<T>(output), shape, torch_threads);
+    }
     const Tensor weights = packed_weight<T>(variant, packed, weight, shape);
     variant.forward(const_data<T>(input), const_data<accumulate_t<T>>(weights), epilogue,
                     mutable_data<T>(output), shape, torch_threads);
@@ -197,6 +216,11 @@ struct Cpu {
                         const Tensor& weight, const std::optional<Tensor>& packed, const T* bias,
                         const Tensor& output, const Conv2dShape& shape) {
     const auto& variant = find<ConvTranspose2dCpuVariant<T>>(algorithm, shape);
+    if (!packed && variant.forward_unpacked) {
+      const Tensor dense = as_contiguous(weight);
+      return variant.forward_unpacked(const_data<T>(input), const_data<T>(dense), bias,
+                                      mutable_data<T>(output), shape, torch_threads);
+    }
     const Tensor weights = packed_weight<T>(variant, packed, weight, shape);
     variant.forward(const_data<T>(input), const_data<accumulate_t<T>>(weights), bias, mutable_data<T>(output),
                     shape, torch_threads);

@@ -436,8 +436,15 @@ int64_t winograd_packed_size(const WinogradPass& pass) {
 template <int M, typename T>
 void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass& pass, ParallelFor threads);
 
+// Weights as winograd_pack wrote them; or null, and then as they lie: a thread packs a panel at a time.
+template <typename T>
+struct WinogradWeights {
+  const T* weight;
+  const accumulate_t<T>* packed;
+};
+
 template <int M, typename T>
-void winograd_convolve(const T* input, const accumulate_t<T>* packed, const Conv2dEpilogue<T>& epilogue,
+void winograd_convolve(const T* input, const WinogradWeights<T>& weights, const Conv2dEpilogue<T>& epilogue,
                        T* output, const WinogradPass& pass, ParallelFor threads);
 
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY
