@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from cases import DEVICE, ELSEWHERE, runs
 from convolutions import Convolution
 from tolerances import assert_close
 
-from fastconv import BackendError, conv2d, use_backend
+from fastconv import BackendError, conv2d, conv_transpose2d, depthwise_conv2d, use_backend
 from fastconv.backends import BACKENDS, CHOICES
 from fastconv.ops._activation import ACTIVATIONS
 from fastconv.ops._arguments import pair
@@ -97,6 +98,38 @@ def test_bad_arguments(changes, error, words):
         conv2d(**good(**changes))
     message = str(raised.value)
     assert all(word in message for word in words), message
+
+
+NOT_DENSE = {  # how a tensor is made so, and what the message says of it
+    "sparse": (torch.Tensor.to_sparse, "torch.sparse_coo"),
+    "mkldnn": (torch.Tensor.to_mkldnn, "torch._mkldnn"),
+    "nested": (lambda tensor: torch.nested.nested_tensor([tensor, tensor]), "a nested tensor"),
+}
+EACH_TENSOR = [
+    (function, name)
+    for function in (conv2d, conv_transpose2d, depthwise_conv2d)
+    for name in ("input", "weight", "bias", "residual")
+    if name != "residual" or function is conv2d
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("inside_autocast", [False, True])
+@pytest.mark.parametrize("make, layout", NOT_DENSE.values(), ids=NOT_DENSE)
+@pytest.mark.parametrize("function, name", EACH_TENSOR)
+def test_tensors_that_are_not_dense(function, name, make, layout, inside_autocast):
+    """Sparse, for oneDNN alone, or nested: refused before a kernel of PyTorch's stumbles over it."""
+    arguments = {"input": zeros(2, 4, 5, 7), "weight": zeros(4, 1, 3, 3), "bias": zeros(4)}
+    if function is conv2d:
+        arguments["residual"] = zeros(2, 4, 3, 5)
+    if function is not depthwise_conv2d:
+        arguments["groups"] = 4
+    function(**arguments)
+    arguments[name] = make(arguments[name])
+    message = f"{name} must be a dense tensor, of layout torch.strided, got {layout}"
+    inside = torch.autocast("cpu", torch.bfloat16) if inside_autocast else contextlib.nullcontext()
+    with inside, pytest.raises(TypeError, match=message):
+        function(**arguments)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "residual"])

@@ -84,9 +84,12 @@ def check_integers(name: str, values: Sequence[int], count: int, least: int) -> 
 
 
 def check_tensor(name: str, tensor: object, rank: int, like: torch.Tensor | None = None) -> None:
-    """Raises unless ``tensor`` has this rank, a supported dtype, and the device and dtype of ``like``."""
+    """Raises unless ``tensor`` is dense, has this rank and a type we serve, and ``like``'s type and device."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {layout}")
     if tensor.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}")
     if tensor.dtype not in DTYPES:
