@@ -83,6 +83,10 @@ BAD = {  # what is wrong: the arguments, the error, and what its message must ho
     "padding unknown": ({"padding": "full"}, ValueError, "padding", "'same'", "'valid'", "'full'"),
     "same, strided": ({"padding": "same", "stride": (1, 2)}, ValueError, "padding", "stride 1", "(1, 2)"),
     "dilation 0": ({"dilation": 0}, ValueError, "dilation", "at least 1", "0"),
+    **{
+        f"{name} 2**62": ({name: (1, 2**62)}, ValueError, name, "at most 2147483647", str(2**62))
+        for name in ("stride", "padding", "dilation")
+    },
     "activation unknown": (
         {"activation": "tanh"},
         *(ValueError, "activation", "'tanh'", *map(repr, ACTIVATIONS)),
@@ -220,6 +224,9 @@ OPERATOR_BAD = {
     "stride 0": {"stride": (0, 1)},
     "padding -1": {"padding": (1, 1, -1, 1)},
     "dilation 0": {"dilation": (1, 0)},
+    "stride 2**62": {"stride": (1, 2**62)},
+    "padding 2**62": {"padding": (2**62,) * 4},
+    "dilation 2**62": {"dilation": (2**62, 1)},
     "stride of three": {"stride": (1, 1, 1)},
     "padding of two": {"padding": (1, 1)},
     "algorithm unknown": {"algorithm": "fft"},
@@ -379,10 +386,16 @@ def test_a_call_alike_is_checked_where_it_differs():
     assert conv2d(input, weight, stride=step).shape == (1, 3, 2, 2)
 
 
+@pytest.mark.parametrize("backend", [b for b in ("cpu", "cuda", "emulator") if b not in ELSEWHERE])
+def test_result_that_fits_no_memory(backend):
+    with pytest.raises(RuntimeError, match=r"no memory for a result of shape \(2, 6, 2147483651, "):
+        conv2d(**good(), padding=2**30, backend=backend)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="of C++ kernels")
 def test_huge_strides_cost_nothing():
     input = torch.randn(1, 2, 5, 5, requires_grad=True)
-    conv2d(input, torch.randn(3, 2, 3, 3), stride=2**31, backend="cpu").sum().backward()
+    conv2d(input, torch.randn(3, 2, 3, 3), stride=2**31 - 1, backend="cpu").sum().backward()
     assert input.grad.shape == input.shape
     with pytest.raises(BackendError, match="at most 4096, got stride"):
         conv2d(input, torch.randn(3, 2, 3, 3), stride=65, backend="cpu", algorithm="direct")

@@ -369,6 +369,10 @@ BAD = {
         *(ValueError, "output_padding", "(1, 2)", "stride=(2, 2)", "dilation=(1, 1)"),
     ),
     "dilation 0": ({"dilation": 0}, ValueError, "dilation", "at least 1", "0"),
+    **{
+        f"{name} 2**62": ({name: (1, 2**62)}, ValueError, name, "at most 2147483647", str(2**62))
+        for name in ("stride", "padding", "output_padding", "dilation")
+    },
     "algorithm unknown": ({"algorithm": "fft"}, BackendError, "algorithm", "'fft'", "plain"),
     "pointwise, strided": (
         {"algorithm": "pointwise", "backend": "triton", "weight": zeros(4, 3, 1, 1), "stride": 2},
@@ -404,6 +408,7 @@ OPERATOR_BAD = {
     "padding that leaves nothing": {"padding": (4, 4)},
     "output_padding of a stride": {"output_padding": (1, 0)},
     "output_padding -1": {"output_padding": (0, -1)},
+    "output_padding 2**62": {"output_padding": (0, 2**62), "stride": (1, 2**62)},
     "dilation 0": {"dilation": (1, 0)},
     "groups that do not divide": {"groups": 3},
     "groups 0": {"groups": 0},
