@@ -395,6 +395,17 @@ def test_bad_arguments(changes, error, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    "backend, algorithm, dtype",
+    [("cpu", "grouped", torch.float32), ("cuda", "implicit_gemm", torch.float16)],
+)
+def test_channels_and_filters_have_their_own_names(backend, algorithm, dtype):
+    """The weight is (C, M/G, KH, KW), not (M, C/G, KH, KW)."""
+    input, weight = zeros(1, 72, 5, 7, dtype=dtype), zeros(72, 4, 3, 3, dtype=dtype)
+    reason = CHOICES[OP].why_not(backend, algorithm, input, weight, (1, 1), (0, 0), (0, 0), (1, 1), 2)
+    assert "channels" in reason and reason.endswith("filters in a group, got 36 and 4")
+
+
 OPERATOR_BAD = {
     "input of rank 3": {"input": zeros(4, 5, 7)},
     "weight of other channels": {"weight": zeros(6, 3, 3, 3)},
