@@ -228,15 +228,15 @@ def compare(run: Run, case: Convolution, given: Problem, actual: Sequence[torch.
 def check_not_finite(run: Run, case: Convolution, actual: torch.Tensor, expected: torch.Tensor) -> None:
     """What is not finite must be so where the reference's is, and at no other place but what is said here.
 
-    A tile of Winograd's is one sum: it is lost as a whole. A GEMM of several narrow groups multiplies the
-    others' values by zeros: their outputs at the same pixels are lost too.
+    A tile of Winograd's is one sum: it is lost as a whole. Triton's tile of several narrow groups multiplies
+    the others' values by zeros: their outputs at the same pixels are lost too.
     """
     touched = ~expected.isfinite()
     assert touched.any() and not touched.all()
     algorithm = run.algorithm or ""
     if algorithm.startswith("winograd"):
         lost = torch.nn.functional.max_pool2d(touched.double(), 15, 1, 7) > 0
-    elif algorithm == "implicit_gemm":
+    elif run.backend == "triton":
         lost = touched.any(1, keepdim=True).expand_as(touched)
     else:
         lost = torch.zeros_like(touched)
