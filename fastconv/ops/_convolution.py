@@ -106,8 +106,13 @@ def double_backward(
     return for_grad_output, for_input, for_weight
 
 
-def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups) -> str | None:
+def why_not(
+    backend, algorithm, input, weight, stride, padding, dilation, groups, *, transposed=False
+) -> str | None:
     """Which condition of an algorithm a convolution, or a transposed one, fails; None if none."""
+    channels, filters = weight.shape[1], weight.shape[0] // groups
+    if transposed:
+        channels, filters = filters, channels
     kernel = f"a {weight.shape[2]}x{weight.shape[3]} weight"
     if algorithm == "im2col" and memory_format_of(input) != torch.contiguous_format:
         return "algorithm='im2col' needs a contiguous input, got a channels_last one"
@@ -123,18 +128,18 @@ def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups
             f"algorithm={algorithm!r} needs a 3x3 weight, stride 1 and dilation 1, got {kernel}, "
             f"stride={tuple(stride)}, dilation={tuple(dilation)}"
         )
-    if algorithm == "grouped" and (weight.shape[1] > NARROW or weight.shape[0] // groups > NARROW):
+    if algorithm == "grouped" and (channels > NARROW or filters > NARROW):
         return (
             f"algorithm='grouped' needs at most {NARROW} channels and filters in a group, got "
-            f"{weight.shape[1]} and {weight.shape[0] // groups}"
+            f"{channels} and {filters}"
         )
     if algorithm == "implicit_gemm" and backend in ("cuda", "emulator"):
         if weight.dtype not in (torch.float16, torch.bfloat16):
             return f"algorithm='implicit_gemm' multiplies float16 and bfloat16, got {weight.dtype}"
-        if weight.shape[1] % 8 or weight.shape[0] // groups % 8:
+        if channels % 8 or filters % 8:
             return (
                 "algorithm='implicit_gemm' needs a multiple of 8 channels and of 8 filters in a group, got "
-                f"{weight.shape[1]} and {weight.shape[0] // groups}"
+                f"{channels} and {filters}"
             )
     if algorithm == "pointwise" and (
         any(value != 1 for value in (*weight.shape[2:], *stride)) or any(value != 0 for value in padding)

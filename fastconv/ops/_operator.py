@@ -43,6 +43,7 @@ def autocast(device_type: str, arguments: Sequence[Any]) -> list[Any]:
         if isinstance(argument, torch.Tensor)
         and argument.is_floating_point()
         and argument.dtype != torch.float64
+        and argument.layout == torch.strided  # what is not is refused, by name
         else argument
         for argument in arguments
     ]

@@ -189,7 +189,9 @@ def _why_not(
     backend, algorithm, input, weight, stride, padding, output_padding, dilation, groups
 ) -> str | None:
     sides = (*padding, *output_padding)
-    return _convolution.why_not(backend, algorithm, input, weight, stride, sides, dilation, groups)
+    return _convolution.why_not(
+        backend, algorithm, input, weight, stride, sides, dilation, groups, transposed=True
+    )
 
 
 def _prefer(input, weight, stride, padding, output_padding, dilation, groups) -> tuple[str, ...]:
