@@ -46,9 +46,9 @@ void pack_panel(const T* weight, accumulate_t<T>* packed, const WinogradPass& pa
   const int64_t from = pass.from_group, to = pass.to_group, line = panels.vectors(panel) * L;
   const T* end = weight + pass.groups * from * to * 9;
   alignas(64) A taps[(9 + L - 1) / L * L * L];
-  for (int64_t c = channels.begin; c < channels.end; ++c) {
-    for (int64_t v = 0; v < line; v += L) {
-      const int64_t filter = panel * panels.width + v;
+  for (int64_t v = 0; v < line; v += L) {
+    const int64_t filter = panel * panels.width + v;
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
       // weight: (groups, to, from, 9); transposed (groups, from, to, 9)
       const int64_t at =
           pass.transposed ? (group * from + c) * to + filter : (group * to + filter) * from + c;
@@ -59,7 +59,7 @@ void pack_panel(const T* weight, accumulate_t<T>* packed, const WinogradPass& pa
             return load_vector(taps + (pass.transposed ? 8 - tap : tap) * L);
           },
           [&](int p, Vector<A> value) {
-            A* vector = packed + (p * from + c) * line + v;
+            A* vector = packed + p * packed_position<A>(pass, line) + c * line + v;
             if (stream)
               stream_vector(vector, value);
             else
@@ -94,7 +94,7 @@ class WinogradConvolution {
     const Transformed<A> no_tiles{nullptr, most, pass_.from_group}, no_sums{nullptr, most, panels_.width};
     const Scratch<A> tiles(no_tiles.size(positions)), sums(no_sums.size(positions));
     const Scratch<A> strip(std::max(reader_.strip_size(), most * M * M * L));
-    const Scratch<A> own(weights_.packed ? 0 : positions * pass_.from_group * panels_.width);
+    const Scratch<A> own(weights_.packed ? 0 : positions * packed_position<A>(pass_, panels_.width));
     int64_t transformed = -1, packed = -1;  // which block and group is in `tiles`, which panel in `own`
     for (int64_t number = begin; number < end; ++number) {
       const Item item = at(number);
@@ -107,8 +107,7 @@ class WinogradConvolution {
       const int64_t panel_and_group = item.group * panels_.count() + item.panel;
       const A* weights = own.data();
       if (weights_.packed)
-        weights = weights_.packed +
-                  (item.group * panels_.padded() + item.panel * panels_.width) * pass_.from_group * positions;
+        weights = weights_.packed + packed_panel<M, A>(pass_, item.group, item.panel);
       else if (panel_and_group != packed)
         pack_panel<M>(weights_.weight, own.data(), pass_, item.group, item.panel, {0, pass_.from_group},
                       false);
@@ -139,8 +138,9 @@ class WinogradConvolution {
     const int64_t channels = pass_.from_group, line = V * L, first = panel * panels_.width;
     const Transformed<A> sums{scratch, from.tiles, line};
     for (int64_t p = 0; p < positions; ++p)
-      multiply_rows<V>(from.at(p, 0), from.tile_stride(), 1, from.tiles, weights + p * channels * line, line,
-                       channels, sums.at(p, 0), sums.tile_stride(), false);
+      multiply_rows<V>(from.at(p, 0), from.tile_stride(), 1, from.tiles,
+                       weights + p * packed_position<A>(pass_, line), line, channels, sums.at(p, 0),
+                       sums.tile_stride(), false);
     store_block(block, group * pass_.to_group + first, std::min(line, pass_.to_group - first), sums, strip);
   }
 
@@ -245,7 +245,7 @@ class WinogradConvolution {
 template <int M, typename T>
 void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass& pass, ParallelFor threads) {
   using A = accumulate_t<T>;
-  constexpr int64_t positions = (M + 2) * (M + 2), together = 16;
+  constexpr int64_t together = 16;
   constexpr int64_t cached_bytes = 16 << 20;  // more than that is out of the caches when it is read again
   const Panels<A> panels{pass.to_group};
   const int64_t from = pass.from_group, chunks = ceil_div(from, together);
@@ -255,8 +255,8 @@ void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass&
     for (int64_t item = begin; item < end; ++item) {
       const int64_t panel = item / chunks % panels.count(), group = item / chunks / panels.count();
       const int64_t c = item % chunks * together;
-      pack_panel<M>(weight, packed + (group * panels.padded() + panel * panels.width) * positions * from,
-                    pass, group, panel, {c, std::min(from, c + together)}, stream);
+      pack_panel<M>(weight, packed + packed_panel<M, A>(pass, group, panel), pass, group, panel,
+                    {c, std::min(from, c + together)}, stream);
     }
     stream_fence();
   });

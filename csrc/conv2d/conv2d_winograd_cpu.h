@@ -427,10 +427,21 @@ inline WinogradPass winograd_transposed(const Conv2dShape& s) {  // the filters 
           s.in_height, s.in_width, 2 - s.padding_top, 2 - s.padding_left, true,         s.channels_last};
 }
 
-// Packed weights: (groups, panels, positions, from_group, lanes of the panel).
+// Packed weights: (groups, panels, positions, from_group, lanes of the panel), with a vector between
+// positions, or those of a filter would all fall into one set of the cache.
+template <typename A>
+int64_t packed_position(const WinogradPass& pass, int64_t line) {
+  return pass.from_group * line + lanes_of<A>;
+}
+template <int M, typename A>
+int64_t packed_panel(const WinogradPass& pass, int64_t group, int64_t panel) {
+  const Panels<A> panels{pass.to_group};
+  const int64_t filters = group * panels.padded() + panel * panels.width;
+  return (M + 2) * (M + 2) * (filters * pass.from_group + (group * panels.count() + panel) * lanes_of<A>);
+}
 template <int M, typename T>
 int64_t winograd_packed_size(const WinogradPass& pass) {
-  return pass.groups * Panels<accumulate_t<T>>{pass.to_group}.padded() * pass.from_group * (M + 2) * (M + 2);
+  return packed_panel<M, accumulate_t<T>>(pass, pass.groups, 0);
 }
 
 template <int M, typename T>
