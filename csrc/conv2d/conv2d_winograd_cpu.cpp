@@ -255,8 +255,12 @@ void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass&
     for (int64_t item = begin; item < end; ++item) {
       const int64_t panel = item / chunks % panels.count(), group = item / chunks / panels.count();
       const int64_t c = item % chunks * together;
-      pack_panel<M>(weight, packed + packed_panel<M, A>(pass, group, panel), pass, group, panel,
-                    {c, std::min(from, c + together)}, stream);
+      A* target = packed + packed_panel<M, A>(pass, group, panel);
+      pack_panel<M>(weight, target, pass, group, panel, {c, std::min(from, c + together)}, stream);
+      if (c > 0) continue;
+      const int64_t line = panels.vectors(panel) * lanes_of<A>;
+      for (int p = 0; p < (M + 2) * (M + 2); ++p)  // the vectors between positions
+        store_vector(target + p * packed_position<A>(pass, line) + from * line, Vector<A>{});
     }
     stream_fence();
   });

@@ -31,8 +31,9 @@ def _has_wide_vectors() -> bool:
 
 _WIDE_VECTORS = _has_wide_vectors()  # a constant, for torch.compile to trace
 
-# Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels.
-_TRAINING_PIXELS = 512
+# Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels,
+# with many channels from fewer.
+_TRAINING_PIXELS, _TRAINING_PIXELS_OF_MANY, _MANY = 512, 192, 128
 
 
 def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> str | None:
@@ -60,7 +61,11 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
         and tuple(stride) == tuple(dilation) == (1, 1)
         and source >= 16
         and target >= 16
-        and (pixels >= _TRAINING_PIXELS or not training)
+        and (
+            not training
+            or pixels >= _TRAINING_PIXELS
+            or (pixels >= _TRAINING_PIXELS_OF_MANY and min(source, target) >= _MANY)
+        )
     ):
         return "winograd_f4"
     lanes_are_pixels = not channels_last and (taps == 1 or target < 32 or source < 16)
@@ -70,14 +75,14 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
     if taps > 1:
         wins = source * taps >= 64
     elif channels_last:
-        wins = source >= 1024 or plane <= 100
+        wins = True
     else:
         wins = plane >= (3136 if training else 784)
     if channels_last:
         wins = wins and target >= 16
     else:
         wins = wins and weight.dtype != torch.bfloat16
-    if training and algorithm == "direct":
+    if training and algorithm == "direct" and taps > 1:
         wins = False  # packing in each call takes what the kernel gains
     return algorithm if wins else None
 

@@ -51,12 +51,25 @@ def check_not_packed(packed: torch.Tensor | None) -> None:
         raise ValueError("packed must be None: only the C++ kernels read packed weights")
 
 
+def format_of_weight(weight: torch.Tensor) -> torch.memory_format:
+    """The layout of a weight's gradient: channels_last if the weight is that and not contiguous too."""
+    if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 def new_gradients(input: torch.Tensor, weight: torch.Tensor, need: Sequence[bool]) -> tuple:
     """Uninitialised gradients of input, weight and bias; those that are not needed have size 0."""
     need_input, need_weight, need_bias = need
+    grad_weight = input.new_empty(0)
+    if need_weight:
+        memory_format = format_of_weight(weight)
+        grad_weight = torch.empty(
+            weight.shape, dtype=input.dtype, device=input.device, memory_format=memory_format
+        )
     return (
         new_output(input, input.shape) if need_input else input.new_empty(0),
-        input.new_empty(weight.shape if need_weight else 0),
+        grad_weight,
         input.new_empty(weight.shape[0] if need_bias else 0),
     )
 
