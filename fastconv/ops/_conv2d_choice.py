@@ -36,12 +36,13 @@ _WIDE_VECTORS = _has_wide_vectors()  # a constant, for torch.compile to trace
 _TRAINING_PIXELS, _TRAINING_PIXELS_OF_MANY, _MANY = 512, 192, 128
 
 
-def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> str | None:
+def fastest(source, target, pixels, input, weight, stride, dilation, groups, fused=False) -> str | None:
     """The fastest C++ kernel of a pass, or None where PyTorch's own is faster.
 
     Args:
         source, target: channels of a group that the pass reads, and that it writes.
         pixels: of all images, on the side of the convolution's output.
+        fused: an activation or a residual follows, for which PyTorch takes another pass over the output.
     """
     if not _WIDE_VECTORS or stride[0] * stride[1] > _convolution.MOST_PHASES:
         return None
@@ -75,7 +76,7 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
     if taps > 1:
         wins = source * taps >= 64
     elif channels_last:
-        wins = True
+        wins = source >= 1024 or plane <= 100 or (fused and not training and min(source, target) >= 64)
     else:
         wins = plane >= (3136 if training else 784)
     if channels_last:
@@ -99,14 +100,14 @@ def prefer(cpu_algorithm: str | None, input: torch.Tensor) -> tuple[str, ...]:
     return ("aten", "cpu") if cpu_algorithm is None else ("cpu", "aten")
 
 
-def _cpu_algorithm(input, weight, stride, padding, dilation, groups) -> str | None:
+def _cpu_algorithm(input, weight, stride, padding, dilation, groups, fused=False) -> str | None:
     pixels = input.shape[0] * (input.shape[2] // stride[0]) * (input.shape[3] // stride[1])
     source, target = weight.shape[1], weight.shape[0] // groups
-    return fastest(source, target, pixels, input, weight, stride, dilation, groups)
+    return fastest(source, target, pixels, input, weight, stride, dilation, groups, fused)
 
 
-def _prefer(input, weight, stride, padding, dilation, groups) -> tuple[str, ...]:
-    return prefer(_cpu_algorithm(input, weight, stride, padding, dilation, groups), input)
+def _prefer(input, weight, stride, padding, dilation, groups, fused=False) -> tuple[str, ...]:
+    return prefer(_cpu_algorithm(input, weight, stride, padding, dilation, groups, fused), input)
 
 
 choose = Choice(
@@ -124,6 +125,6 @@ choose = Choice(
 )
 
 
-def default_algorithm(input, weight, stride, padding, dilation, groups) -> str:
+def default_algorithm(input, weight, stride, padding, dilation, groups, fused=False) -> str:
     """The C++ kernel where a call names none."""
-    return _cpu_algorithm(input, weight, stride, padding, dilation, groups) or default_for(stride)
+    return _cpu_algorithm(input, weight, stride, padding, dilation, groups, fused) or default_for(stride)

@@ -120,7 +120,7 @@ def double_backward(
 
 
 def why_not(
-    backend, algorithm, input, weight, stride, padding, dilation, groups, *, transposed=False
+    backend, algorithm, input, weight, stride, padding, dilation, groups, fused=False, *, transposed=False
 ) -> str | None:
     """Which condition of an algorithm a convolution, or a transposed one, fails; None if none."""
     channels, filters = weight.shape[1], weight.shape[0] // groups

@@ -135,9 +135,10 @@ def conv2d(
         padding = padding_sides(padding, weight.shape[2:], stride, dilation)
         geometry = (stride, padding, dilation, groups)
         _check(input, weight, bias, residual, *geometry, activation)
-        backend = choose(backend, algorithm, input, weight, *geometry)
+        fused = activation is not None or residual is not None
+        backend = choose(backend, algorithm, input, weight, *geometry, fused)
         if backend == "cpu" and algorithm is None:
-            algorithm = default_algorithm(input, weight, *geometry)
+            algorithm = default_algorithm(input, weight, *geometry, fused)
         plan = _plans.keep(key, (backend, algorithm, geometry))
     backend, algorithm, geometry = plan
     if backend == "aten":
