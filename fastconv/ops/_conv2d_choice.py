@@ -76,7 +76,9 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups, fus
     if taps > 1:
         wins = source * taps >= 64
     elif channels_last:
-        wins = source >= 1024 or plane <= 100 or (fused and not training and min(source, target) >= 64)
+        wins = source >= 1024 or plane <= 100 or (fused and min(source, target) >= 64)
+        if training:
+            wins = plane <= 100 and min(source, target) >= 512
     else:
         wins = plane >= (3136 if training else 784)
     if channels_last:
