@@ -332,3 +332,12 @@ def test_a_weight_in_channels_last_gives_the_same_bits(backend, shape, dtype):
             assert grads[1].stride() == w.stride() or grads[1].is_contiguous() and w.is_contiguous()
             results.append((output, *grads))
         assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_a_transposed_convolution_whose_pixels_no_input_reaches():
+    """The padding cuts off all that the input gives; output_padding adds pixels of nothing."""
+    input, weight = (torch.randn(1, 1, 1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    arguments = {"stride": 1, "dilation": 6, "padding": 2, "output_padding": 5}
+    output = conv_transpose2d.conv_transpose2d(input, weight, backend=DEVICE, **arguments)
+    assert output.shape == (1, 1, 2, 2) and not output.any()
+    assert not any(g.any() for g in torch.autograd.grad(output.sum(), (input, weight)))

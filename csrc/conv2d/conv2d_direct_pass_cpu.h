@@ -165,6 +165,7 @@ class Direct {
       if (in_place_)
         return worker.images.push_back(reinterpret_cast<const E*>(image.data + group * pass_.from_group));
       worker.images.push_back(tile - rows.begin * width() * from_);
+      if (rows.begin == rows.end) return;  // the taps of these pixels read padding alone
       const int64_t channel = group * pass_.from_group, padding = width() - image.width;
       const int64_t runs = padding > 0 ? rows.end - rows.begin : 1;
       const int64_t pixels = (rows.end - rows.begin) * image.width / runs;

@@ -35,11 +35,11 @@ void load_taps(const T* weight, int64_t lane_step, int64_t lanes, const T* end, 
       taps[q * L + lane] = lane < lanes ? load(weight[lane * lane_step + q]) : A(0);
 }
 
-// Weights of the filters of a panel, from channels [channels.begin, channels.end), to where they lie in the
-// packed panel.
+// Weights of the filters of a panel and of some channels; packed: (positions, channels, lanes of the panel),
+// the positions `position` values apart.
 template <int M, typename T>
-void pack_panel(const T* weight, accumulate_t<T>* packed, const WinogradPass& pass, int64_t group,
-                int64_t panel, Range channels, bool stream) {
+void pack_panel(const T* weight, accumulate_t<T>* packed, int64_t position, const WinogradPass& pass,
+                int64_t group, int64_t panel, Range channels, bool stream) {
   using A = accumulate_t<T>;
   constexpr int64_t L = lanes_of<A>;
   const Panels<A> panels{pass.to_group};
@@ -59,7 +59,7 @@ void pack_panel(const T* weight, accumulate_t<T>* packed, const WinogradPass& pa
             return load_vector(taps + (pass.transposed ? 8 - tap : tap) * L);
           },
           [&](int p, Vector<A> value) {
-            A* vector = packed + p * packed_position<A>(pass, line) + c * line + v;
+            A* vector = packed + p * position + (c - channels.begin) * line + v;
             if (stream)
               stream_vector(vector, value);
             else
@@ -94,7 +94,8 @@ class WinogradConvolution {
     const Transformed<A> no_tiles{nullptr, most, pass_.from_group}, no_sums{nullptr, most, panels_.width};
     const Scratch<A> tiles(no_tiles.size(positions)), sums(no_sums.size(positions));
     const Scratch<A> strip(std::max(reader_.strip_size(), most * M * M * L));
-    const Scratch<A> own(weights_.packed ? 0 : positions * packed_position<A>(pass_, panels_.width));
+    const int64_t chunk = channels_at_once();
+    const Scratch<A> own(weights_.packed ? 0 : positions * position_of<A>(chunk, panels_.width));
     int64_t transformed = -1, packed = -1;  // which block and group is in `tiles`, which panel in `own`
     for (int64_t number = begin; number < end; ++number) {
       const Item item = at(number);
@@ -104,17 +105,25 @@ class WinogradConvolution {
       if (block_and_group != transformed)
         reader_.expand_block(block, item.group * pass_.from_group, from, strip.data());
       transformed = block_and_group;
+
+      const int64_t line = panels_.vectors(item.panel) * L, first = item.panel * panels_.width;
       const int64_t panel_and_group = item.group * panels_.count() + item.panel;
-      const A* weights = own.data();
-      if (weights_.packed)
-        weights = weights_.packed + packed_panel<M, A>(pass_, item.group, item.panel);
-      else if (panel_and_group != packed)
-        pack_panel<M>(weights_.weight, own.data(), pass_, item.group, item.panel, {0, pass_.from_group},
-                      false);
+      const Transformed<A> to{sums.data(), from.tiles, line};
+      for (int64_t c = 0; c < pass_.from_group; c += chunk) {
+        const Range channels{c, std::min(c + chunk, pass_.from_group)};
+        Panel panel{own.data(), position_of<A>(chunk, line)};
+        if (weights_.packed)
+          panel = {weights_.packed + packed_panel<M, A>(pass_, item.group, item.panel) + c * line,
+                   position_of<A>(pass_.from_group, line)};
+        else if (panel_and_group != packed || chunk < pass_.from_group)
+          pack_panel<M>(weights_.weight, own.data(), panel.position, pass_, item.group, item.panel, channels,
+                        false);
+        with_constant<1, most_vectors>(panels_.vectors(item.panel),
+                                       [&](auto vectors) { multiply<vectors>(from, panel, channels, to); });
+      }
       packed = panel_and_group;
-      with_constant<1, most_vectors>(panels_.vectors(item.panel), [&](auto vectors) {
-        compute_panel<vectors>(block, item.group, item.panel, from, weights, sums.data(), strip.data());
-      });
+      store_block(block, item.group * pass_.to_group + first, std::min(line, pass_.to_group - first), to,
+                  strip.data());
     }
   }
 
@@ -132,16 +141,25 @@ class WinogradConvolution {
     return {number % blocks, number / blocks / panels, number / blocks % panels};
   }
 
+  // Where weights are packed for one block alone, as many channels as fit in the L2 cache.
+  int64_t channels_at_once() const {
+    return !weights_.packed && grid_.blocks() == 1 ? std::min<int64_t>(64, pass_.from_group)
+                                                   : pass_.from_group;
+  }
+
+  struct Panel {
+    const A* weights;
+    int64_t position;  // values between positions
+  };
+
+  // The sums over some channels, after those over the channels before.
   template <int V>
-  void compute_panel(const Region& block, int64_t group, int64_t panel, const Transformed<A>& from,
-                     const A* weights, A* scratch, A* strip) const {
-    const int64_t channels = pass_.from_group, line = V * L, first = panel * panels_.width;
-    const Transformed<A> sums{scratch, from.tiles, line};
+  void multiply(const Transformed<A>& from, const Panel& panel, Range channels,
+                const Transformed<A>& sums) const {
     for (int64_t p = 0; p < positions; ++p)
-      multiply_rows<V>(from.at(p, 0), from.tile_stride(), 1, from.tiles,
-                       weights + p * packed_position<A>(pass_, line), line, channels, sums.at(p, 0),
-                       sums.tile_stride(), false);
-    store_block(block, group * pass_.to_group + first, std::min(line, pass_.to_group - first), sums, strip);
+      multiply_rows<V>(from.at(p, 0) + channels.begin, from.tile_stride(), 1, from.tiles,
+                       panel.weights + p * panel.position, V * L, channels.end - channels.begin,
+                       sums.at(p, 0), sums.tile_stride(), channels.begin > 0 ? Sum::continued : Sum::first);
   }
 
   // Outputs of a block, `filters` of them from channel `channel`.
@@ -255,12 +273,13 @@ void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass&
     for (int64_t item = begin; item < end; ++item) {
       const int64_t panel = item / chunks % panels.count(), group = item / chunks / panels.count();
       const int64_t c = item % chunks * together;
+      const int64_t line = panels.vectors(panel) * lanes_of<A>, position = position_of<A>(from, line);
       A* target = packed + packed_panel<M, A>(pass, group, panel);
-      pack_panel<M>(weight, target, pass, group, panel, {c, std::min(from, c + together)}, stream);
+      pack_panel<M>(weight, target + c * line, position, pass, group, panel,
+                    {c, std::min(from, c + together)}, stream);
       if (c > 0) continue;
-      const int64_t line = panels.vectors(panel) * lanes_of<A>;
       for (int p = 0; p < (M + 2) * (M + 2); ++p)  // the vectors between positions
-        store_vector(target + p * packed_position<A>(pass, line) + from * line, Vector<A>{});
+        store_vector(target + p * position + from * line, Vector<A>{});
     }
     stream_fence();
   });

@@ -266,6 +266,11 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias and need_bias else None
     # Below and right, output_padding less is padded; pixels beyond that no input has reached.
     rows, columns = (max(extra - p, 0) for extra, p in zip(output_padding, padding))
+    if rows >= grad.shape[2] or columns >= grad.shape[3]:  # no input has reached any
+        gradients = (
+            torch.zeros_like(t) if need else None for t, need in zip((input, weight), ctx.needs_input_grad)
+        )
+        return *gradients, grad_bias, *[None] * 7
     grad = grad[:, :, : grad.shape[2] - rows, : grad.shape[3] - columns]
     below, right = (max(p - extra, 0) for extra, p in zip(output_padding, padding))
     geometry = (stride, (padding[0], below, padding[1], right), dilation, groups)
