@@ -15,6 +15,7 @@ import torch
 import triton
 
 from fastconv.ops._arguments import output_size
+from fastconv.ops._convolution import format_of_weight
 from fastconv.ops._operator import memory_format_of, new_output
 from fastconv.ops.conv2d import choose
 
@@ -119,6 +120,7 @@ def conv2d_backward_triton(
                 )
         if need_weight:
             grad_weight = _grad_weight(grad_output, input, weight, stride, padding, dilation, groups)
+            grad_weight = grad_weight.contiguous(memory_format=format_of_weight(weight))
         if need_bias:
             # One pass over grad_output, whose speed memory sets: PyTorch's own sum, in an order as fixed.
             grad_bias = grad_output.sum((0, 2, 3), dtype=sum_type(input.dtype)).to(input.dtype)

@@ -215,6 +215,26 @@ def test_compare(folder, here, options):
     assert (folder / "out/plots/roofline.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@needs_host
+def test_bench_that_is_terminated_shows_what_it_has():
+    """SIGTERM is as Ctrl-C; a line on stderr for each pass that is done tells a log how far it is."""
+    options = ["--device", "cpu", "--batch", "1", "--rounds", "1", "--seconds", "0.01"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastconv", "bench", "channel_shuffle", *options, "--backends", "reference"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "COLUMNS": "150"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as bench:
+        second = next((line for line in bench.stderr if line.startswith("2 of ")), "")
+        bench.terminate()
+        out, errors = bench.communicate(timeout=120)
+    assert " s: " in second and second.endswith(("forward\n", "backward\n")), second + errors
+    assert bench.returncode == 130, errors
+    assert "interrupted: partial, " in out and "of channel_shuffle; no raw results are written" in out
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

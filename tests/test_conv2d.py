@@ -454,3 +454,13 @@ def test_any_shape(run):
         check(run, case, problem(case, dtype, layout, grad_output=grad_layout))
 
     property()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 15])
+def test_rows_that_read_padding_alone(channels):
+    """Few channels, whose tile has padding; the first and the last row of outputs read no image row."""
+    input, weight = torch.randn(1, channels, 1, 600), torch.randn(4, channels, 1, 3)
+    output = fastconv.conv2d(input, weight, padding=(1, 1), backend=DEVICE, algorithm="direct")
+    assert not output[:, :, 0].any() and not output[:, :, 2].any()
+    expected = torch.nn.functional.conv2d(input.double(), weight.double(), padding=(1, 1))
+    assert_close(output, expected, torch.float32, reduction=3 * channels)

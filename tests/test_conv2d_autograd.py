@@ -265,8 +265,6 @@ def test_opcheck_of_packing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(case, layout, run, dtype):
     """The output has the type that torch.nn.functional.conv2d gives, the gradients those of the tensors."""
-    if not run.serves(dtype):
-        return
     given = tensors(case, layout, torch.float32)
     leaves = [t.requires_grad_() for t in given]
     with torch.autocast(DEVICE, dtype=dtype):
@@ -300,3 +298,46 @@ def test_flops_are_those_of_pytorchs_convolution(case, layout, run):
     actual = flops(functools.partial(case.call, case.function, **run.keywords))
     assert actual == flops(functools.partial(case.call, theirs))
     assert actual[0] == actual[1] > 0
+
+
+# Weights in channels_last: filters, channels, height, width; around a vector of 16 or 8 lanes.
+WEIGHTS = [
+    (2, 1, 3, 3),
+    (1, 2, 3, 3),
+    (3, 15, 3, 3),
+    (17, 16, 3, 3),
+    (5, 17, 3, 3),
+    (16, 33, 1, 2),
+    (4, 8, 5, 5),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "emulator"])
+def test_a_weight_in_channels_last_gives_the_same_bits(backend, shape, dtype):
+    if DEVICE == "cuda":
+        pytest.skip("of kernels that run on CPU tensors")
+    algorithms = ["direct"] if backend == "emulator" else ["direct", "plain"]
+    if backend == "cpu" and shape[2:] == (3, 3):
+        algorithms += ["winograd_f2", "winograd_f4"]
+    input = torch.randn(2, shape[1], 6, 7, dtype=dtype, requires_grad=True)
+    weight = torch.randn(shape, dtype=dtype, requires_grad=True)
+    other = weight.detach().contiguous(memory_format=torch.channels_last).clone().requires_grad_()
+    for algorithm in algorithms:
+        results = []
+        for w in (weight, other):
+            output = conv2d.conv2d(input, w, padding=1, backend=backend, algorithm=algorithm)
+            grads = torch.autograd.grad(output, (input, w), torch.ones_like(output))
+            assert grads[1].stride() == w.stride() or grads[1].is_contiguous() and w.is_contiguous()
+            results.append((output, *grads))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_a_transposed_convolution_whose_pixels_no_input_reaches():
+    """The padding cuts off all that the input gives; output_padding adds pixels of nothing."""
+    input, weight = (torch.randn(1, 1, 1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    arguments = {"stride": 1, "dilation": 6, "padding": 2, "output_padding": 5}
+    output = conv_transpose2d.conv_transpose2d(input, weight, backend=DEVICE, **arguments)
+    assert output.shape == (1, 1, 2, 2) and not output.any()
+    assert not any(g.any() for g in torch.autograd.grad(output.sum(), (input, weight)))

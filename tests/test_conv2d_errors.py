@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from cases import DEVICE, ELSEWHERE, runs
 from convolutions import Convolution
 from tolerances import assert_close
 
-from fastconv import BackendError, conv2d, use_backend
+from fastconv import BackendError, conv2d, conv_transpose2d, depthwise_conv2d, use_backend
 from fastconv.backends import BACKENDS, CHOICES
 from fastconv.ops._activation import ACTIVATIONS
 from fastconv.ops._arguments import pair
@@ -82,6 +83,10 @@ BAD = {  # what is wrong: the arguments, the error, and what its message must ho
     "padding unknown": ({"padding": "full"}, ValueError, "padding", "'same'", "'valid'", "'full'"),
     "same, strided": ({"padding": "same", "stride": (1, 2)}, ValueError, "padding", "stride 1", "(1, 2)"),
     "dilation 0": ({"dilation": 0}, ValueError, "dilation", "at least 1", "0"),
+    **{
+        f"{name} 2**62": ({name: (1, 2**62)}, ValueError, name, "at most 2147483647", str(2**62))
+        for name in ("stride", "padding", "dilation")
+    },
     "activation unknown": (
         {"activation": "tanh"},
         *(ValueError, "activation", "'tanh'", *map(repr, ACTIVATIONS)),
@@ -97,6 +102,38 @@ def test_bad_arguments(changes, error, words):
         conv2d(**good(**changes))
     message = str(raised.value)
     assert all(word in message for word in words), message
+
+
+NOT_DENSE = {  # how a tensor is made so, and what the message says of it
+    "sparse": (torch.Tensor.to_sparse, "torch.sparse_coo"),
+    "mkldnn": (torch.Tensor.to_mkldnn, "torch._mkldnn"),
+    "nested": (lambda tensor: torch.nested.nested_tensor([tensor, tensor]), "a nested tensor"),
+}
+EACH_TENSOR = [
+    (function, name)
+    for function in (conv2d, conv_transpose2d, depthwise_conv2d)
+    for name in ("input", "weight", "bias", "residual")
+    if name != "residual" or function is conv2d
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("inside_autocast", [False, True])
+@pytest.mark.parametrize("make, layout", NOT_DENSE.values(), ids=NOT_DENSE)
+@pytest.mark.parametrize("function, name", EACH_TENSOR)
+def test_tensors_that_are_not_dense(function, name, make, layout, inside_autocast):
+    """Sparse, for oneDNN alone, or nested: refused before a kernel of PyTorch's stumbles over it."""
+    arguments = {"input": zeros(2, 4, 5, 7), "weight": zeros(4, 1, 3, 3), "bias": zeros(4)}
+    if function is conv2d:
+        arguments["residual"] = zeros(2, 4, 3, 5)
+    if function is not depthwise_conv2d:
+        arguments["groups"] = 4
+    function(**arguments)
+    arguments[name] = make(arguments[name])
+    message = f"{name} must be a dense tensor, of layout torch.strided, got {layout}"
+    inside = torch.autocast("cpu", torch.bfloat16) if inside_autocast else contextlib.nullcontext()
+    with inside, pytest.raises(TypeError, match=message):
+        function(**arguments)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "residual"])
@@ -187,6 +224,9 @@ OPERATOR_BAD = {
     "stride 0": {"stride": (0, 1)},
     "padding -1": {"padding": (1, 1, -1, 1)},
     "dilation 0": {"dilation": (1, 0)},
+    "stride 2**62": {"stride": (1, 2**62)},
+    "padding 2**62": {"padding": (2**62,) * 4},
+    "dilation 2**62": {"dilation": (2**62, 1)},
     "stride of three": {"stride": (1, 1, 1)},
     "padding of two": {"padding": (1, 1)},
     "algorithm unknown": {"algorithm": "fft"},
@@ -346,10 +386,16 @@ def test_a_call_alike_is_checked_where_it_differs():
     assert conv2d(input, weight, stride=step).shape == (1, 3, 2, 2)
 
 
+@pytest.mark.parametrize("backend", [b for b in ("cpu", "cuda", "emulator") if b not in ELSEWHERE])
+def test_result_that_fits_no_memory(backend):
+    with pytest.raises(RuntimeError, match=r"no memory for a result of shape \(2, 6, 2147483651, "):
+        conv2d(**good(), padding=2**30, backend=backend)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="of C++ kernels")
 def test_huge_strides_cost_nothing():
     input = torch.randn(1, 2, 5, 5, requires_grad=True)
-    conv2d(input, torch.randn(3, 2, 3, 3), stride=2**31, backend="cpu").sum().backward()
+    conv2d(input, torch.randn(3, 2, 3, 3), stride=2**31 - 1, backend="cpu").sum().backward()
     assert input.grad.shape == input.shape
     with pytest.raises(BackendError, match="at most 4096, got stride"):
         conv2d(input, torch.randn(3, 2, 3, 3), stride=65, backend="cpu", algorithm="direct")

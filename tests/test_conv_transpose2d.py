@@ -369,6 +369,10 @@ BAD = {
         *(ValueError, "output_padding", "(1, 2)", "stride=(2, 2)", "dilation=(1, 1)"),
     ),
     "dilation 0": ({"dilation": 0}, ValueError, "dilation", "at least 1", "0"),
+    **{
+        f"{name} 2**62": ({name: (1, 2**62)}, ValueError, name, "at most 2147483647", str(2**62))
+        for name in ("stride", "padding", "output_padding", "dilation")
+    },
     "algorithm unknown": ({"algorithm": "fft"}, BackendError, "algorithm", "'fft'", "plain"),
     "pointwise, strided": (
         {"algorithm": "pointwise", "backend": "triton", "weight": zeros(4, 3, 1, 1), "stride": 2},
@@ -391,6 +395,17 @@ def test_bad_arguments(changes, error, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    "backend, algorithm, dtype",
+    [("cpu", "grouped", torch.float32), ("cuda", "implicit_gemm", torch.float16)],
+)
+def test_channels_and_filters_have_their_own_names(backend, algorithm, dtype):
+    """The weight is (C, M/G, KH, KW), not (M, C/G, KH, KW)."""
+    input, weight = zeros(1, 72, 5, 7, dtype=dtype), zeros(72, 4, 3, 3, dtype=dtype)
+    reason = CHOICES[OP].why_not(backend, algorithm, input, weight, (1, 1), (0, 0), (0, 0), (1, 1), 2)
+    assert "channels" in reason and reason.endswith("filters in a group, got 36 and 4")
+
+
 OPERATOR_BAD = {
     "input of rank 3": {"input": zeros(4, 5, 7)},
     "weight of other channels": {"weight": zeros(6, 3, 3, 3)},
@@ -404,6 +419,7 @@ OPERATOR_BAD = {
     "padding that leaves nothing": {"padding": (4, 4)},
     "output_padding of a stride": {"output_padding": (1, 0)},
     "output_padding -1": {"output_padding": (0, -1)},
+    "output_padding 2**62": {"output_padding": (0, 2**62), "stride": (1, 2**62)},
     "dilation 0": {"dilation": (1, 0)},
     "groups that do not divide": {"groups": 3},
     "groups 0": {"groups": 0},

@@ -71,6 +71,10 @@ BAD = {  # what is wrong: the arguments, the error, and what its message must ho
     "same, strided": ({"padding": "same", "stride": (1, 2)}, ValueError, "padding", "stride 1", "(1, 2)"),
     "dilation 0": ({"dilation": 0}, ValueError, "dilation", "at least 1", "0"),
     "dilation -2": ({"dilation": (-2, 1)}, ValueError, "dilation", "at least 1", "(-2, 1)"),
+    **{
+        f"{name} 2**62": ({name: (1, 2**62)}, ValueError, name, "at most 2147483647", str(2**62))
+        for name in ("stride", "padding", "dilation")
+    },
     "activation unknown": (
         {"activation": "tanh"},
         ValueError,
@@ -148,6 +152,8 @@ OPERATOR_BAD = {
     "stride -1": {"stride": (1, -1)},
     "padding -1": {"padding": (1, 1, -1, 1)},
     "dilation 0": {"dilation": (1, 0)},
+    "stride 2**62": {"stride": (1, 2**62)},
+    "padding 2**62": {"padding": (2**62,) * 4},
     "stride of three": {"stride": (1, 1, 1)},
     "padding of two": {"padding": (1, 1)},
     "algorithm unknown": {"algorithm": "fft"},

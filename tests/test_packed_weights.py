@@ -371,3 +371,14 @@ def test_threads(limit):
         sys.setswitchinterval(interval)
     gc.collect()
     assert not wrong and consistent() and store._total <= limit and len(store._kept) <= 16
+
+
+@pytest.mark.parametrize("algorithm", ["winograd_f2", "winograd_f4", "winograd_f6"])
+@pytest.mark.parametrize(("channels", "size"), [(130, 5), (64, 6), (63, 7), (65, 20)])
+def test_packed_beforehand_or_panel_by_panel_gives_the_same_bits(algorithm, channels, size):
+    """Few tiles are one block, whose weights are packed in parts; 20 x 20 pixels are several blocks."""
+    input, weight = torch.randn(1, channels, size, size), torch.randn(70, channels, 3, 3)
+    packed = torch.ops.fastconv.conv2d_pack_weight(weight, 1, algorithm)
+    geometry = ((1, 1), (1, 1, 1, 1), (1, 1), 1, None, algorithm)
+    before = torch.ops.fastconv.conv2d(input, weight, None, None, packed, *geometry)
+    assert torch.equal(before, torch.ops.fastconv.conv2d(input, weight, None, None, None, *geometry))

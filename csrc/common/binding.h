@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/MemoryFormat.h>
 
+#include <exception>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -71,10 +72,15 @@ inline void check_size(const Tensor& tensor, int64_t dim, int64_t size, const ch
                   tensor.size(dim));
 }
 
+// LARGEST in fastconv/ops/_arguments.py: a few products of one with a size fit 64 bits.
+constexpr int64_t largest_integer = INT32_MAX;
+
 inline void check_integers(const Integers& values, size_t count, int64_t least, const char* name) {
   STD_TORCH_CHECK(values.size() == count, name, " must have ", count, " values, got ", values.size());
-  for (const int64_t value : values)
+  for (const int64_t value : values) {
     STD_TORCH_CHECK(value >= least, name, " must be at least ", least, ", got ", value);
+    STD_TORCH_CHECK(value <= largest_integer, name, " must be at most ", largest_integer, ", got ", value);
+  }
 }
 
 // Outputs along one axis: floor((size + padding - dilation * (kernel - 1) - 1) / stride) + 1.
@@ -136,7 +142,13 @@ inline Integers sizes_of(const Tensor& tensor) {
 
 inline Tensor new_tensor(const Integers& sizes, const Tensor& like,
                          MemoryFormat format = MemoryFormat::Contiguous) {
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+  try {
+    return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+  } catch (const std::exception&) {  // which does not say what was too large
+    std::string shape;
+    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, "there is no memory for a result of shape (", shape, ")");
+  }
 }
 
 // PyTorch's threads, for a kernel's ParallelFor: one range of indices for each thread.

@@ -18,6 +18,14 @@ constexpr int most_vectors = 2, accumulators = 12;
 template <int V>
 constexpr int rows_of = accumulators / V;  // rows of a block V vectors wide
 
+// body(std::integral_constant<int, value>), of a value in [First, Last].
+template <int First, int Last, typename Body>
+inline void with_constant(int64_t value, const Body& body) {
+  if constexpr (First < Last)
+    if (value != First) return with_constant<First + 1, Last>(value, body);
+  body(std::integral_constant<int, First>{});
+}
+
 // rows[r][k * row_step]: row r's values. panel[k * panel_step ...]: V vectors, line k.
 template <int R, int V, typename T, typename A>
 inline __attribute__((always_inline)) void multiply_add(Vector<A> (&sum)[R][V], const T* const (&rows)[R],

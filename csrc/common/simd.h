@@ -138,15 +138,22 @@ inline __attribute__((always_inline)) void keep_in_register(V& value) {
 #endif
 }
 
+// A lane number for each lane.
+template <typename A>
+struct LaneIndexType {
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> type
+      __attribute__((vector_size(vector_bytes)));
+};
+template <typename A>
+using LaneIndex = typename LaneIndexType<A>::type;
+
 // Swaps lanes and vectors: rows[i][k] <-> rows[k][i]; log2(lanes) rounds of two-source shuffles.
 template <typename A>
 inline void transpose(Vector<A> (&rows)[lanes_of<A>]) {
   constexpr int lanes = lanes_of<A>;
-  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  typedef Index Indices __attribute__((vector_size(vector_bytes)));
 #pragma GCC unroll 8
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
-    Indices low, high;  // index lanes + k means lane k of the second vector
+    LaneIndex<A> low, high;  // index lanes + k means lane k of the second vector
 #pragma GCC unroll 16
     for (int k = 0; k < lanes; ++k) {
       low[k] = (k & distance) ? lanes + k - distance : k;

@@ -74,9 +74,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
   const Tensor grad_input = new_tensor(need_input ? sizes_of(input) : nothing, input,
                                        need_input ? format_of(shape) : MemoryFormat::Contiguous);
   const bool weight_pass = need_weight || need_bias;  // one pass over grad_output serves both
-  const Tensor grad_weight = new_tensor(weight_pass ? sizes_of(weight) : nothing, input);
+  Tensor grad_weight = new_tensor(weight_pass ? sizes_of(weight) : nothing, input);
   const Tensor grad_bias = new_tensor(need_bias ? Integers{shape.out_channels} : nothing, input);
   if (grad_output.numel() == 0) {  // no outputs: nothing flows back
+    if (need_weight) grad_weight = new_tensor(sizes_of(weight), input, format_of_weight(weight));
     for (Tensor tensor : {grad_input, grad_weight, grad_bias}) torch::stable::zero_(tensor);
     return {grad_input, need_weight ? grad_weight : new_tensor(nothing, input), grad_bias};
   }
@@ -91,6 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
     if (weight_pass)
       Backend::template grad_weight<T>(algorithm, grad_output, input, grad_weight,
                                        need_bias ? mutable_data<T>(grad_bias) : nullptr, shape);
+    if (need_weight) grad_weight = Backend::template as_weight<T>(grad_weight, weight);
   });
   return {grad_input, need_weight ? grad_weight : new_tensor(nothing, input), grad_bias};
 }

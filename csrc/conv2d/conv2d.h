@@ -64,6 +64,13 @@ struct Conv2dEpilogue {
   void conv2d_##variant##_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight, \
                                           T* grad_bias, const Conv2dShape& shape, ParallelFor threads);
 
+// Winograd also takes the weight as it lies, and packs a panel at a time: no memory for all packed weights.
+#define FASTCONV_CONV2D_UNPACKED_CPU(variant)                                                \
+  template <typename T>                                                                      \
+  void conv2d_##variant##_forward_unpacked_cpu(const T* input, const T* weight,              \
+                                               const Conv2dEpilogue<T>& epilogue, T* output, \
+                                               const Conv2dShape& shape, ParallelFor threads);
+
 // The CUDA kernels launch on `stream` (a cudaStream_t) of the current device and return at once. They return
 // false, and have done nothing, where they do not serve a shape. grad_weight sums in two stages: first into
 // `workspace`, which holds conv2d_<variant>_grad_weight_workspace(shape) values of accumulate_t<T>, then in a
@@ -82,11 +89,13 @@ struct Conv2dEpilogue {
 #define FASTCONV_CONV2D_CPU_VARIANTS(macro)                                                           \
   macro(direct) macro(im2col) macro(winograd_f2) macro(winograd_f4) macro(winograd_f6) macro(grouped) \
       macro(plain)
+#define FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(macro) macro(winograd_f2) macro(winograd_f4) macro(winograd_f6)
 // implicit_gemm takes float16 and bfloat16 with groups of multiples of 8 channels; direct needs a patch of
 // the input to fit in shared memory; im2col serves every shape.
 #define FASTCONV_CONV2D_CUDA_VARIANTS(macro) macro(implicit_gemm) macro(direct) macro(im2col)
 // clang-format off
-FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU_VARIANTS(FASTCONV_CONV2D_CPU))
+FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU_VARIANTS(FASTCONV_CONV2D_CPU)
+                         FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(FASTCONV_CONV2D_UNPACKED_CPU))
 FASTCONV_CONV2D_CUDA_VARIANTS(FASTCONV_CONV2D_CUDA)
 // clang-format on
 

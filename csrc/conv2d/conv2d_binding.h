@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../common/binding.h"
+#include "../common/transpose.h"
 #include "../conv_transpose2d/conv_transpose2d.h"
 #include "conv2d.h"
 
@@ -69,6 +70,7 @@ struct Conv2dCpuVariant {
   decltype(&portable::conv2d_plain_pack_weight_cpu<T>) pack_weight;
   decltype(&portable::conv2d_plain_forward_cpu<T>) forward;
   decltype(&portable::conv2d_plain_grad_weight_cpu<T>) grad_weight;
+  decltype(&portable::conv2d_winograd_f2_forward_unpacked_cpu<T>) forward_unpacked = nullptr;  // some have it
 };
 template <typename T>
 struct ConvTranspose2dCpuVariant {
@@ -76,6 +78,7 @@ struct ConvTranspose2dCpuVariant {
   decltype(&portable::conv_transpose2d_plain_packed_size<T>) packed_size;
   decltype(&portable::conv_transpose2d_plain_pack_weight_cpu<T>) pack_weight;
   decltype(&portable::conv_transpose2d_plain_forward_cpu<T>) forward;
+  decltype(&portable::conv_transpose2d_winograd_f2_forward_unpacked_cpu<T>) forward_unpacked = nullptr;
 };
 template <typename T>
 struct Conv2dCudaVariant {
@@ -101,12 +104,24 @@ struct ConvTranspose2dCudaVariant {
    conv2d_##variant##_grad_weight_cuda<T>},
 #define FASTCONV_CONV_TRANSPOSE2D_CUDA_ROW(variant) {#variant, conv_transpose2d_##variant##_forward_cuda<T>},
 
+#define FASTCONV_CONV2D_UNPACKED(variant) \
+  named(rows, #variant).forward_unpacked = conv2d_##variant##_forward_unpacked_cpu<T>;
+#define FASTCONV_CONV_TRANSPOSE2D_UNPACKED(variant) \
+  named(rows, #variant).forward_unpacked = conv_transpose2d_##variant##_forward_unpacked_cpu<T>;
+
+template <typename Variant>
+Variant& named(std::vector<Variant>& rows, std::string_view name) {
+  return *std::ranges::find(rows, name, &Variant::name);
+}
+
 FASTCONV_DECLARE_CPU(
     template <typename T> void list(std::vector<Conv2dCpuVariant<T>>& rows) {
       rows = {FASTCONV_CONV2D_CPU_VARIANTS(FASTCONV_CONV2D_CPU_ROW)};
+      FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(FASTCONV_CONV2D_UNPACKED)
     } template <typename T>
     void list(std::vector<ConvTranspose2dCpuVariant<T>>& rows) {
       rows = {FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CPU_ROW)};
+      FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_UNPACKED)
     })
 
 template <typename Variant>
@@ -151,7 +166,33 @@ std::vector<Variant> asked_for(const std::optional<std::string>& algorithm,
 template <typename T>
 constexpr ScalarType accumulate_dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
+// The layout of a weight and of its gradient: channels_last where it is that and not contiguous as well.
+inline MemoryFormat format_of_weight(const Tensor& weight) {
+  return !weight.is_contiguous() && is_dense(weight, MemoryFormat::ChannelsLast) ? MemoryFormat::ChannelsLast
+                                                                                 : MemoryFormat::Contiguous;
+}
+
 struct Cpu {
+  // A contiguous weight. From channels_last by our own transpose, many times as fast as PyTorch's copy.
+  template <typename T>
+  static Tensor contiguous_weight(const Tensor& weight) {
+    if (format_of_weight(weight) == MemoryFormat::Contiguous) return as_contiguous(weight);
+    const Tensor copy = new_tensor(sizes_of(weight), weight);
+    FASTCONV_CALL_CPU(transpose_matrices(const_data<T>(weight), mutable_data<T>(copy), weight.size(0),
+                                         weight.size(2) * weight.size(3), weight.size(1), torch_threads));
+    return copy;
+  }
+
+  // A contiguous gradient of a weight, in the weight's layout.
+  template <typename T>
+  static Tensor as_weight(const Tensor& gradient, const Tensor& weight) {
+    if (format_of_weight(weight) == MemoryFormat::Contiguous) return gradient;
+    const Tensor copy = new_tensor(sizes_of(weight), weight, MemoryFormat::ChannelsLast);
+    FASTCONV_CALL_CPU(transpose_matrices(const_data<T>(gradient), mutable_data<T>(copy), weight.size(0),
+                                         weight.size(1), weight.size(2) * weight.size(3), torch_threads));
+    return copy;
+  }
+
   // The first row that serves.
   template <typename Variant>
   static const Variant& find(const std::optional<std::string>& algorithm, const Conv2dShape& shape) {
@@ -164,7 +205,7 @@ struct Cpu {
   template <typename T, typename Variant>
   static Tensor pack(const Variant& variant, const Tensor& weight, const Conv2dShape& shape) {
     const Tensor packed = torch::stable::empty({variant.packed_size(shape)}, accumulate_dtype<T>);
-    const Tensor dense = as_contiguous(weight);
+    const Tensor dense = contiguous_weight<T>(weight);
     variant.pack_weight(const_data<T>(dense), mutable_data<accumulate_t<T>>(packed), shape, torch_threads);
     return packed;
   }
@@ -187,6 +228,11 @@ struct Cpu {
                       const std::optional<Tensor>& packed, const Conv2dEpilogue<T>& epilogue,
                       const Tensor& output, const Conv2dShape& shape) {
     const auto& variant = find<Conv2dCpuVariant<T>>(algorithm, shape);
+    if (!packed && variant.forward_unpacked) {
+      const Tensor dense = contiguous_weight<T>(weight);
+      return variant.forward_unpacked(const_data<T>(input), const_data<T>(dense), epilogue,
+                                      mutable_data<T>(output), shape, torch_threads);
+    }
     const Tensor weights = packed_weight<T>(variant, packed, weight, shape);
     variant.forward(const_data<T>(input), const_data<accumulate_t<T>>(weights), epilogue,
                     mutable_data<T>(output), shape, torch_threads);
@@ -197,6 +243,11 @@ struct Cpu {
                         const Tensor& weight, const std::optional<Tensor>& packed, const T* bias,
                         const Tensor& output, const Conv2dShape& shape) {
     const auto& variant = find<ConvTranspose2dCpuVariant<T>>(algorithm, shape);
+    if (!packed && variant.forward_unpacked) {
+      const Tensor dense = contiguous_weight<T>(weight);
+      return variant.forward_unpacked(const_data<T>(input), const_data<T>(dense), bias,
+                                      mutable_data<T>(output), shape, torch_threads);
+    }
     const Tensor weights = packed_weight<T>(variant, packed, weight, shape);
     variant.forward(const_data<T>(input), const_data<accumulate_t<T>>(weights), bias, mutable_data<T>(output),
                     shape, torch_threads);
@@ -213,6 +264,11 @@ struct Cpu {
 };
 
 struct Cuda {
+  template <typename T>
+  static Tensor as_weight(const Tensor& gradient, const Tensor& weight) {
+    return as_format(gradient, format_of_weight(weight));
+  }
+
   // Runs the first row whose kernel takes the shape.
   template <typename Variants, typename Call>
   static void run(const std::optional<std::string>& algorithm, const Variants& variants, const Call& call) {

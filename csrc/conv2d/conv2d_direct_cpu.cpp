@@ -45,23 +45,20 @@ void direct_pack(const T* weight, accumulate_t<T>* packed, const DirectPass& pas
   using A = accumulate_t<T>;
   constexpr int64_t L = lanes_of<A>;
   const Panels<A> panels{pass.to_group};
-  const int64_t from = pass.from_group, to = pass.to_group, taps = pass.taps;
+  const int64_t from = pass.from_group, to = pass.to_group, taps = pass.shape.taps();
   const std::vector<int64_t>& order = pass.geometry.taps;
-  std::vector<int64_t> place(taps, -1);  // of a tap, in the packed order
+  std::vector<int64_t> place(taps);  // of a tap, in the packed order
   for (size_t k = 0; k < order.size(); ++k) place[order[k]] = int64_t(k);
-  parallel_for(threads, pass.groups * panels.count(), [&](int64_t begin, int64_t end) {
-    const Scratch<A> single(in_pairs<T>() ? panels.width * from * int64_t(order.size()) : 0);
-    A nowhere[L];  // for taps that reach no output
+  parallel_for(threads, pass.shape.groups * panels.count(), [&](int64_t begin, int64_t end) {
+    const Scratch<A> single(in_pairs<T>() ? panels.width * from * taps : 0);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / panels.count(), panel = item % panels.count();
       const int64_t line = panels.vectors(panel) * L, first = panel * panels.width;
-      const int64_t offset = (group * panels.padded() + first) * int64_t(order.size());
+      const int64_t offset = (group * panels.padded() + first) * taps;
       A* target = in_pairs<T>() ? single.data() : packed + offset * from;
       for (int64_t v = 0; v < line; v += L) {
         const int64_t lanes = std::min(L, to - first - v);
-        const auto at = [&](int64_t tap, int64_t k) {
-          return place[tap] < 0 ? nowhere : target + (place[tap] * from + k) * line + v;
-        };
+        const auto at = [&](int64_t tap, int64_t k) { return target + (place[tap] * from + k) * line + v; };
         if (!pass.transposed)  // weight (groups, to, from, taps)
           pack_lanes<T, A>(weight + (group * to + first + v) * from * taps, from * taps, lanes, from * taps,
                            [&](int64_t q) { return at(q % taps, q / taps); });
@@ -75,7 +72,7 @@ void direct_pack(const T* weight, accumulate_t<T>* packed, const DirectPass& pas
       for (size_t tap = 0; tap < order.size(); ++tap)
         for (int64_t k = 0; k < from; k += 2)
           for (int64_t lane = 0; lane < line; ++lane, ++pairs) {
-            const A* value = target + (int64_t(tap) * from + k) * line + lane;
+            const A* value = target + (tap * from + k) * line + lane;
             store(&pairs->low, float(value[0]));
             store(&pairs->high, k + 1 < from ? float(value[line]) : 0.0f);
           }
@@ -98,8 +95,7 @@ void direct_convolve(const T* input, const accumulate_t<T>* packed, const Conv2d
 
 template <typename T>
 int64_t conv2d_direct_packed_size(const Conv2dShape& s) {
-  const DirectPass pass = direct_forward(s);
-  return pass.packed_size(Panels<accumulate_t<T>>{pass.to_group}.padded());
+  return direct_forward(s).packed_size<accumulate_t<T>>();
 }
 
 template <typename T>

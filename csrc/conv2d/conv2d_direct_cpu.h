@@ -36,29 +36,30 @@ struct Panels {
 // other way round.
 struct DirectPass {
   Conv2dShape shape;
+  bool transposed;
   Geometry geometry;
-  int64_t batch, groups, from_group, to_group;  // channels of a group: read, written
-  int64_t taps;
-  bool transposed, channels_last;
+
+  int64_t from_group, to_group;  // channels of a group: read, written
 
   int64_t rows(const Phase& phase) const {
     return std::max<int64_t>(ceil_div(geometry.out_height - phase.first_row, phase.row_step), 0);
   }
   int64_t columns(const Phase& phase) const { return std::max<int64_t>(phase_columns(geometry, phase), 0); }
-  int64_t pixels(const Phase& phase) const { return batch * rows(phase) * columns(phase); }
+  int64_t pixels(const Phase& phase) const { return shape.batch * rows(phase) * columns(phase); }
 
   // Packed weights: (groups, panels, taps in the order of the geometry, from_group, lanes of the panel).
   // Where multiplies_bfloat16(), those of BFloat16 are pairs: (..., from_group / 2, lanes of the panel, 2).
-  int64_t packed_size(int64_t padded) const { return groups * padded * taps * from_group; }
+  template <typename A>
+  int64_t packed_size() const {
+    return shape.groups * Panels<A>{to_group}.padded() * shape.taps() * from_group;
+  }
 };
 
 inline DirectPass direct_forward(const Conv2dShape& s) {
-  return {s,     forward_geometry(s), s.batch, s.groups, s.in_group(), s.out_group(), s.taps(),
-          false, s.channels_last};
+  return {s, false, forward_geometry(s), s.in_group(), s.out_group()};
 }
 inline DirectPass direct_transposed(const Conv2dShape& s) {
-  return {s,    transposed_geometry(s), s.batch, s.groups, s.out_group(), s.in_group(), s.taps(),
-          true, s.channels_last};
+  return {s, true, transposed_geometry(s), s.out_group(), s.in_group()};
 }
 
 // Activations that are a lower bound: none, and relu.

@@ -77,22 +77,8 @@ class DirectGradWeight {
                     item % tap_parts() * tap_rows_,
                     x_tile.data(),
                     grad_tile.data()};
-      switch (panels_.vectors(at.panel)) {
-        case 1:
-          add_slice<1>(at, sums);
-          break;
-        case 2:
-          add_slice<2>(at, sums);
-          break;
-#if defined(__AVX512F__)
-        case 3:
-          add_slice<3>(at, sums);
-          break;
-        case 4:
-          add_slice<4>(at, sums);
-          break;
-#endif
-      }
+      with_constant<1, most_vectors>(panels_.vectors(at.panel),
+                                     [&](auto vectors) { add_slice<vectors>(at, sums); });
     }
   }
 

@@ -10,12 +10,14 @@
 // Limits: multiply-adds; few filters, for which gathering (a load and a store for each 16 values) is no
 //   trifle.
 #include "conv2d_im2col_cpu.h"
+#include "../common/prefetch.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t most_lines = 2560;  // of a panel: 640 KB with AVX-512
 constexpr int64_t least_items = 8;    // for threads to share
+constexpr int64_t ask_lines = 16;     // computed between two asks for memory
 
 template <typename T>
 class Im2col {
@@ -32,7 +34,7 @@ class Im2col {
         pass_(pass),
         in_pixels_(pass.geometry.in_height * pass.geometry.in_width),
         out_pixels_(pass.geometry.out_height * pass.geometry.out_width),
-        input_end_(input + pass.batch * pass.groups * pass.from_group * in_pixels_) {
+        input_end_(input + pass.shape.batch * pass.shape.groups * pass.from_group * in_pixels_) {
     int64_t panels = 0;
     for (const Phase& phase : pass.geometry.phases)
       panels = std::max(panels, ceil_div(pass.pixels(phase), width));
@@ -42,10 +44,10 @@ class Im2col {
     // Parts of the filters gather the same columns again.
     const int64_t most = std::max<int64_t>(1, pass.to_group / 96);
     parts_ = std::clamp<int64_t>(
-        ceil_div(least_items, std::max<int64_t>(1, int64_t(panels_.size()) * pass.groups)), 1, most);
+        ceil_div(least_items, std::max<int64_t>(1, int64_t(panels_.size()) * pass.shape.groups)), 1, most);
   }
 
-  int64_t items() const { return int64_t(panels_.size()) * pass_.groups * parts_; }
+  int64_t items() const { return int64_t(panels_.size()) * pass_.shape.groups * parts_; }
 
   void compute(int64_t begin, int64_t end) const {
     int64_t lines = 1;
@@ -57,8 +59,8 @@ class Im2col {
     const Scratch<A> columns(lines * width + L);
     const Scratch<A> partial(turns ? ceil_div(pass_.to_group, parts_) * width : 0);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t part = item % parts_, group = item / parts_ % pass_.groups;
-      const Panel& panel = panels_[item / parts_ / pass_.groups];
+      const int64_t part = item % parts_, group = item / parts_ % pass_.shape.groups;
+      const Panel& panel = panels_[item / parts_ / pass_.shape.groups];
       Worker worker{
           *panel.phase,   group,         pass_.to_group * part / parts_, pass_.to_group * (part + 1) / parts_,
           columns.data(), partial.data()};
@@ -67,22 +69,9 @@ class Im2col {
       for (int64_t c = 0; c == 0 || c < pass_.from_group; c += channels) {
         const int64_t c_end = std::min(pass_.from_group, c + channels);
         gather(worker, c, c_end);
-        switch (ceil_div(worker.pixels, L)) {
-          case 1:
-            multiply<1>(worker, c, c_end);
-            break;
-          case 2:
-            multiply<2>(worker, c, c_end);
-            break;
-#if defined(__AVX512F__)
-          case 3:
-            multiply<3>(worker, c, c_end);
-            break;
-          case 4:
-            multiply<4>(worker, c, c_end);
-            break;
-#endif
-        }
+        prefetch(worker, c_end - c, c_end == pass_.from_group);
+        with_constant<1, most_vectors>(ceil_div(worker.pixels, L),
+                                       [&](auto vectors) { multiply<vectors>(worker, c, c_end); });
       }
     }
   }
@@ -110,6 +99,7 @@ class Im2col {
     const Phase& phase;
     int64_t group, filter, filter_end;
     A *columns, *partial;
+    PrefetchRuns next = {};
     int64_t pixels = 0;
     std::vector<Run> runs = {};
     std::vector<Piece> pieces = {};
@@ -145,7 +135,7 @@ class Im2col {
         const Range inside =
             outside ? Range{0, 0} : outputs_inside(column, g.stride_width, g.in_width, run.count);
         const int64_t target = t * width + run.lane;
-        const int64_t image = (run.image * pass_.groups + worker.group) * pass_.from_group * in_pixels_;
+        const int64_t image = (run.image * pass_.shape.groups + worker.group) * pass_.from_group * in_pixels_;
         add(target, inside.begin, padding);
         add(target + inside.begin, inside.end - inside.begin,
             image + row * g.in_width + column + inside.begin * g.stride_width);
@@ -178,9 +168,7 @@ class Im2col {
       for (; k < count && source + k + L <= input_end_; k += L)
         store_vector(target + k, load_vector(source + k));
     } else if (stride == 2) {
-      typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Index;
-      typedef Index Indices __attribute__((vector_size(vector_bytes)));
-      Indices even;
+      LaneIndex<A> even;
 #pragma GCC unroll 16
       for (int lane = 0; lane < L; ++lane) even[lane] = 2 * lane;
       for (; k < count && source + 2 * k + 2 * L <= input_end_; k += L)
@@ -190,8 +178,32 @@ class Im2col {
     for (; k < count; ++k) target[k] = load(source[k * stride]);
   }
 
+  // Will be asked for while the panel is multiplied: of the output, whose filters lie far apart, what the
+  // next filters write, and of the input what the next panel reads.
+  void prefetch(Worker& worker, int64_t channels, bool last) const {
+    const Phase& phase = worker.phase;
+    const Geometry& g = pass_.geometry;
+    const Run& run = worker.runs.front();
+    const int64_t filters = worker.filter_end - worker.filter;
+    worker.next.clear(ceil_div(filters, rows_of<most_vectors>) *
+                      ceil_div(channels * worker.taps(), ask_lines));
+    if (!last) return;
+    const int64_t image = run.image * pass_.shape.groups + worker.group;
+    const int64_t at = (image * pass_.to_group + worker.filter + rows_of<most_vectors>)*out_pixels_ +
+                       (phase.first_row + run.row * phase.row_step) * g.out_width + phase.first_column +
+                       run.column * phase.column_step;
+    const int64_t count = worker.pixels * phase.column_step, rest = filters - rows_of<most_vectors>;
+    worker.next.add(output_ + at, count, out_pixels_, rest);
+    if (epilogue_.residual) worker.next.add(epilogue_.residual + at, count, out_pixels_, rest);
+    if (worker.taps() > 1) return;  // most of it has been read for the tap above
+    const int64_t row = run.row * g.stride_height - phase.top;
+    const int64_t pixel = row * g.in_width + (run.column + width) * g.stride_width - phase.left;
+    worker.next.add(input_ + image * pass_.from_group * in_pixels_ + pixel, width * g.stride_width,
+                    in_pixels_, pass_.from_group);
+  }
+
   template <int V>
-  void multiply(const Worker& worker, int64_t c, int64_t c_end) const {
+  void multiply(Worker& worker, int64_t c, int64_t c_end) const {
     int64_t m = worker.filter;
     for (; m + 6 <= worker.filter_end; m += 6) multiply_filters<6, V>(worker, m, c, c_end);
     if (m + 4 <= worker.filter_end) multiply_filters<4, V>(worker, m, c, c_end), m += 4;
@@ -200,12 +212,11 @@ class Im2col {
   }
 
   template <int R, int V>
-  void multiply_filters(const Worker& worker, int64_t m, int64_t c, int64_t c_end) const {
+  void multiply_filters(Worker& worker, int64_t m, int64_t c, int64_t c_end) const {
     const int64_t taps = worker.taps(), lines = pass_.from_group * taps,
                   filter = worker.group * pass_.to_group + m;
-    const A* weights =
-        packed_ + worker.group * pass_.to_group * pass_.from_group * int64_t(pass_.geometry.taps.size()) +
-        worker.phase.weight_offset * pass_.from_group * pass_.to_group + m * lines + c * taps;
+    const A* weights = packed_ + worker.group * pass_.to_group * pass_.from_group * pass_.shape.taps() +
+                       worker.phase.weight_offset * pass_.from_group * pass_.to_group + m * lines + c * taps;
     A* sums = worker.partial + (m - worker.filter) * width;
     Vector<A> sum[R][V];
     const A* rows[R];
@@ -216,7 +227,14 @@ class Im2col {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] = c == 0 ? bias : load_vector(sums + r * width + v * L);
     }
-    multiply_add(sum, rows, 1, worker.columns, width, (c_end - c) * taps);
+    const int64_t count = (c_end - c) * taps;
+    for (int64_t k = 0; k < count; k += ask_lines) {
+      worker.next.ask();
+      const A* values[R];
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) values[r] = rows[r] + k;
+      multiply_add(sum, values, 1, worker.columns + k * width, width, std::min(ask_lines, count - k));
+    }
     if (c_end < pass_.from_group) {
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r)
@@ -244,7 +262,7 @@ class Im2col {
       if (worker.pixels < V * L || run.image != last.image || phase.row_step > 1 || phase.column_step > 1 ||
           !is_floor(epilogue_.activation))
         return false;
-      const int64_t at = (run.image * pass_.groups * pass_.to_group + filter) * out_pixels_ +
+      const int64_t at = (run.image * pass_.shape.groups * pass_.to_group + filter) * out_pixels_ +
                          run.row * pass_.geometry.out_width + run.column;
       const Vector<A> least = broadcast(floor_of<A>(epilogue_.activation));
       if (epilogue_.residual) {
@@ -268,7 +286,7 @@ class Im2col {
   void finish(const Worker& worker, int64_t filter, const A* sums) const {
     const Geometry& g = pass_.geometry;
     const Phase& phase = worker.phase;
-    const int64_t channels = pass_.groups * pass_.to_group;
+    const int64_t channels = pass_.shape.groups * pass_.to_group;
     for (int64_t k = 0; k < int64_t(worker.runs.size()); ++k) {
       const Run& run = worker.runs[k];
       const int64_t at = (run.image * channels + filter) * out_pixels_ +
@@ -298,9 +316,9 @@ class Im2col {
 
 template <typename T>
 void im2col_pack(const T* weight, accumulate_t<T>* packed, const DirectPass& pass, ParallelFor threads) {
-  const int64_t from = pass.from_group, to = pass.to_group, taps = pass.taps;
+  const int64_t from = pass.from_group, to = pass.to_group, taps = pass.shape.taps();
   const Geometry& g = pass.geometry;
-  parallel_for(threads, pass.groups * to, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, pass.shape.groups * to, [&](int64_t begin, int64_t end) {
     for (int64_t filter = begin; filter < end; ++filter) {
       const int64_t group = filter / to, m = filter % to;
       for (const Phase& phase : g.phases) {

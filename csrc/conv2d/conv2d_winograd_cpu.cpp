@@ -20,15 +20,64 @@ int64_t block_tiles(int64_t channels) {
   return std::clamp<int64_t>(std::max(budget / (tile * channels), channels / 16), 16, 48);
 }
 
+// The 9 taps of L filters, lane_step apart, as vectors; `end` is the end of the weights.
+template <typename T, typename A>
+void load_taps(const T* weight, int64_t lane_step, int64_t lanes, const T* end, A* taps) {
+  constexpr int64_t L = lanes_of<A>, span = (9 + L - 1) / L * L;
+  if (lanes == L && weight + (L - 1) * lane_step + span <= end) {  // reads some taps of the next channel
+    for (int64_t q = 0; q < 9; q += L)
+      transpose_square<A>([&](int lane) { return weight + lane * lane_step + q; },
+                          [&](int k) { return taps + (q + k) * L; });
+    return;
+  }
+  for (int64_t q = 0; q < 9; ++q)
+    for (int64_t lane = 0; lane < L; ++lane)
+      taps[q * L + lane] = lane < lanes ? load(weight[lane * lane_step + q]) : A(0);
+}
+
+// Weights of the filters of a panel and of some channels; packed: (positions, channels, lanes of the panel),
+// the positions `position` values apart.
+template <int M, typename T>
+void pack_panel(const T* weight, accumulate_t<T>* packed, int64_t position, const WinogradPass& pass,
+                int64_t group, int64_t panel, Range channels, bool stream) {
+  using A = accumulate_t<T>;
+  constexpr int64_t L = lanes_of<A>;
+  const Panels<A> panels{pass.to_group};
+  const int64_t from = pass.from_group, to = pass.to_group, line = panels.vectors(panel) * L;
+  const T* end = weight + pass.groups * from * to * 9;
+  alignas(64) A taps[(9 + L - 1) / L * L * L];
+  for (int64_t v = 0; v < line; v += L) {
+    const int64_t filter = panel * panels.width + v;
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      // weight: (groups, to, from, 9); transposed (groups, from, to, 9)
+      const int64_t at =
+          pass.transposed ? (group * from + c) * to + filter : (group * to + filter) * from + c;
+      load_taps(weight + at * 9, pass.transposed ? 9 : from * 9, std::min(L, to - filter), end, taps);
+      expand_square<FilterMatrix<M>, A>(
+          [&](int i, int j) {
+            const int tap = i * 3 + j;
+            return load_vector(taps + (pass.transposed ? 8 - tap : tap) * L);
+          },
+          [&](int p, Vector<A> value) {
+            A* vector = packed + p * position + (c - channels.begin) * line + v;
+            if (stream)
+              stream_vector(vector, value);
+            else
+              store_vector(vector, value);
+          });
+    }
+  }
+}
+
 template <int M, typename T>
 class WinogradConvolution {
  public:
   using A = accumulate_t<T>;
   static constexpr int64_t L = lanes_of<A>, positions = (M + 2) * (M + 2);
 
-  WinogradConvolution(const T* input, const A* packed, const Conv2dEpilogue<T>& epilogue, T* output,
-                      const WinogradPass& pass)
-      : packed_(packed),
+  WinogradConvolution(const T* input, const WinogradWeights<T>& weights, const Conv2dEpilogue<T>& epilogue,
+                      T* output, const WinogradPass& pass)
+      : weights_(weights),
         epilogue_(epilogue),
         pass_(pass),
         panels_{pass.to_group},
@@ -45,32 +94,72 @@ class WinogradConvolution {
     const Transformed<A> no_tiles{nullptr, most, pass_.from_group}, no_sums{nullptr, most, panels_.width};
     const Scratch<A> tiles(no_tiles.size(positions)), sums(no_sums.size(positions));
     const Scratch<A> strip(std::max(reader_.strip_size(), most * M * M * L));
-    int64_t transformed = -1;  // which block and group is in `tiles`
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t panel = item % panels_.count(), block_and_group = item / panels_.count();
-      const int64_t group = block_and_group % pass_.groups;
-      const Region block = grid_.block(block_and_group / pass_.groups);
+    const int64_t chunk = channels_at_once();
+    const Scratch<A> own(weights_.packed ? 0 : positions * position_of<A>(chunk, panels_.width));
+    int64_t transformed = -1, packed = -1;  // which block and group is in `tiles`, which panel in `own`
+    for (int64_t number = begin; number < end; ++number) {
+      const Item item = at(number);
+      const Region block = grid_.block(item.block);
       const Transformed<A> from{tiles.data(), block.area(), pass_.from_group};
+      const int64_t block_and_group = item.block * pass_.groups + item.group;
       if (block_and_group != transformed)
-        reader_.expand_block(block, group * pass_.from_group, from, strip.data());
+        reader_.expand_block(block, item.group * pass_.from_group, from, strip.data());
       transformed = block_and_group;
-      with_constant<1, most_vectors>(panels_.vectors(panel), [&](auto vectors) {
-        compute_panel<vectors>(block, group, panel, from, sums.data(), strip.data());
-      });
+
+      const int64_t line = panels_.vectors(item.panel) * L, first = item.panel * panels_.width;
+      const int64_t panel_and_group = item.group * panels_.count() + item.panel;
+      const Transformed<A> to{sums.data(), from.tiles, line};
+      for (int64_t c = 0; c < pass_.from_group; c += chunk) {
+        const Range channels{c, std::min(c + chunk, pass_.from_group)};
+        Panel panel{own.data(), position_of<A>(chunk, line)};
+        if (weights_.packed)
+          panel = {weights_.packed + packed_panel<M, A>(pass_, item.group, item.panel) + c * line,
+                   position_of<A>(pass_.from_group, line)};
+        else if (panel_and_group != packed || chunk < pass_.from_group)
+          pack_panel<M>(weights_.weight, own.data(), panel.position, pass_, item.group, item.panel, channels,
+                        false);
+        with_constant<1, most_vectors>(panels_.vectors(item.panel),
+                                       [&](auto vectors) { multiply<vectors>(from, panel, channels, to); });
+      }
+      packed = panel_and_group;
+      store_block(block, item.group * pass_.to_group + first, std::min(line, pass_.to_group - first), to,
+                  strip.data());
     }
   }
 
  private:
+  struct Item {
+    int64_t block, group, panel;
+  };
+
+  // Packed weights serve one block after the other, each transformed once. Else a panel of weights is packed
+  // once, and serves all blocks, which are transformed again: that takes a twentieth of their products.
+  Item at(int64_t number) const {
+    const int64_t panels = panels_.count(), blocks = grid_.blocks();
+    if (weights_.packed)
+      return {number / panels / pass_.groups, number / panels % pass_.groups, number % panels};
+    return {number % blocks, number / blocks / panels, number / blocks % panels};
+  }
+
+  // Where weights are packed for one block alone, as many channels as fit in the L2 cache.
+  int64_t channels_at_once() const {
+    return !weights_.packed && grid_.blocks() == 1 ? std::min<int64_t>(64, pass_.from_group)
+                                                   : pass_.from_group;
+  }
+
+  struct Panel {
+    const A* weights;
+    int64_t position;  // values between positions
+  };
+
+  // The sums over some channels, after those over the channels before.
   template <int V>
-  void compute_panel(const Region& block, int64_t group, int64_t panel, const Transformed<A>& from,
-                     A* scratch, A* strip) const {
-    const int64_t channels = pass_.from_group, line = V * L, first = panel * panels_.width;
-    const A* weights = packed_ + (group * panels_.padded() + first) * channels * positions;
-    const Transformed<A> sums{scratch, from.tiles, line};
+  void multiply(const Transformed<A>& from, const Panel& panel, Range channels,
+                const Transformed<A>& sums) const {
     for (int64_t p = 0; p < positions; ++p)
-      multiply_rows<V>(from.at(p, 0), from.tile_stride(), 1, from.tiles, weights + p * channels * line, line,
-                       channels, sums.at(p, 0), sums.tile_stride(), false);
-    store_block(block, group * pass_.to_group + first, std::min(line, pass_.to_group - first), sums, strip);
+      multiply_rows<V>(from.at(p, 0) + channels.begin, from.tile_stride(), 1, from.tiles,
+                       panel.weights + p * panel.position, V * L, channels.end - channels.begin,
+                       sums.at(p, 0), sums.tile_stride(), channels.begin > 0 ? Sum::continued : Sum::first);
   }
 
   // Outputs of a block, `filters` of them from channel `channel`.
@@ -112,9 +201,8 @@ class WinogradConvolution {
   void store_tiles(const Block<P>& pixels, const P* added, int64_t filters, const Region& tiles,
                    const A* bias, const Transformed<A>& sums, int64_t tile) const {
     const Activation activation = epilogue_.activation;
-    const bool simple = !added && (activation == Activation::none || activation == Activation::relu);
-    const Vector<A> least =
-        broadcast(activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity());
+    const bool simple = !added && is_floor(activation);
+    const Vector<A> least = broadcast(floor_of<A>(activation));
     for (int64_t r = tiles.row_begin; r < tiles.row_end; ++r) {
       for (int64_t c = tiles.column_begin; c < tiles.column_end; ++c, ++tile) {
         const int64_t row = r % grid_.high * M, column = c * M;
@@ -161,7 +249,7 @@ class WinogradConvolution {
             activate(added ? sums[lane] + load(added[lane]) : sums[lane], epilogue_.activation));
   }
 
-  const A* packed_;
+  WinogradWeights<T> weights_;
   const Conv2dEpilogue<T>& epilogue_;
   const WinogradPass& pass_;
   Panels<A> panels_;
@@ -170,103 +258,78 @@ class WinogradConvolution {
   TileExpander<InputMatrix<M>, T> reader_;
 };
 
-// The 9 taps of L filters, lane_step apart, as vectors; `end` is the end of the weights.
-template <typename T, typename A>
-void load_taps(const T* weight, int64_t lane_step, int64_t lanes, const T* end, A* taps) {
-  constexpr int64_t L = lanes_of<A>, span = (9 + L - 1) / L * L;
-  if (lanes == L && weight + (L - 1) * lane_step + span <= end) {  // reads some taps of the next channel
-    for (int64_t q = 0; q < 9; q += L)
-      transpose_square<A>([&](int lane) { return weight + lane * lane_step + q; },
-                          [&](int k) { return taps + (q + k) * L; });
-    return;
-  }
-  for (int64_t q = 0; q < 9; ++q)
-    for (int64_t lane = 0; lane < L; ++lane)
-      taps[q * L + lane] = lane < lanes ? load(weight[lane * lane_step + q]) : A(0);
-}
-
 }  // namespace
 
 template <int M, typename T>
 void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass& pass, ParallelFor threads) {
   using A = accumulate_t<T>;
-  constexpr int64_t L = lanes_of<A>, positions = (M + 2) * (M + 2), together = 16;
+  constexpr int64_t together = 16;
   constexpr int64_t cached_bytes = 16 << 20;  // more than that is out of the caches when it is read again
   const Panels<A> panels{pass.to_group};
-  const int64_t from = pass.from_group, to = pass.to_group, chunks = ceil_div(from, together);
-  const T* end = weight + pass.groups * from * to * 9;
+  const int64_t from = pass.from_group, chunks = ceil_div(from, together);
   const bool stream = winograd_packed_size<M, T>(pass) * int64_t(sizeof(A)) > cached_bytes &&
                       reinterpret_cast<uintptr_t>(packed) % vector_bytes == 0;
-  parallel_for(threads, pass.groups * panels.count() * chunks, [&](int64_t begin, int64_t last) {
-    alignas(64) A taps[(9 + L - 1) / L * L * L];
-    for (int64_t item = begin; item < last; ++item) {
+  parallel_for(threads, pass.groups * panels.count() * chunks, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
       const int64_t panel = item / chunks % panels.count(), group = item / chunks / panels.count();
-      const int64_t first = panel * panels.width, line = panels.vectors(panel) * L;
-      const int64_t c = item % chunks * together, count = std::min(together, from - c);
-      A* target = packed + (group * panels.padded() + first) * positions * from + c * line;
-      for (int64_t k = 0; k < count; ++k) {
-        for (int64_t v = 0; v < line; v += L) {
-          const int64_t filter =
-              first + v;  // weight: (groups, to, from, 9); transposed (groups, from, to, 9)
-          const int64_t at =
-              pass.transposed ? (group * from + c + k) * to + filter : (group * to + filter) * from + c + k;
-          load_taps(weight + at * 9, pass.transposed ? 9 : from * 9, std::min(L, to - filter), end, taps);
-          expand_square<FilterMatrix<M>, A>(
-              [&](int i, int j) {
-                const int tap = i * 3 + j;
-                return load_vector(taps + (pass.transposed ? 8 - tap : tap) * L);
-              },
-              [&](int p, Vector<A> value) {
-                A* vector = target + (p * from + k) * line + v;
-                if (stream)
-                  stream_vector(vector, value);
-                else
-                  store_vector(vector, value);
-              });
-        }
-      }
+      const int64_t c = item % chunks * together;
+      const int64_t line = panels.vectors(panel) * lanes_of<A>, position = position_of<A>(from, line);
+      A* target = packed + packed_panel<M, A>(pass, group, panel);
+      pack_panel<M>(weight, target + c * line, position, pass, group, panel,
+                    {c, std::min(from, c + together)}, stream);
+      if (c > 0) continue;
+      for (int p = 0; p < (M + 2) * (M + 2); ++p)  // the vectors between positions
+        store_vector(target + p * position + from * line, Vector<A>{});
     }
     stream_fence();
   });
 }
 
 template <int M, typename T>
-void winograd_convolve(const T* input, const accumulate_t<T>* packed, const Conv2dEpilogue<T>& epilogue,
+void winograd_convolve(const T* input, const WinogradWeights<T>& weights, const Conv2dEpilogue<T>& epilogue,
                        T* output, const WinogradPass& pass, ParallelFor threads) {
-  const WinogradConvolution<M, T> convolution(input, packed, epilogue, output, pass);
+  const WinogradConvolution<M, T> convolution(input, weights, epilogue, output, pass);
   parallel_for(threads, convolution.items(),
                [&](int64_t begin, int64_t end) { convolution.compute(begin, end); });
 }
 
-#define FASTCONV_WINOGRAD(M)                                                               \
-  template <typename T>                                                                    \
-  int64_t conv2d_winograd_f##M##_packed_size(const Conv2dShape& s) {                       \
-    return winograd_packed_size<M, T>(winograd_forward(s));                                \
-  }                                                                                        \
-  template <typename T>                                                                    \
-  void conv2d_winograd_f##M##_pack_weight_cpu(const T* weight, accumulate_t<T>* packed,    \
-                                              const Conv2dShape& s, ParallelFor threads) { \
-    winograd_pack<M>(weight, packed, winograd_forward(s), threads);                        \
-  }                                                                                        \
-  template <typename T>                                                                    \
-  void conv2d_winograd_f##M##_forward_cpu(const T* input, const accumulate_t<T>* packed,   \
-                                          const Conv2dEpilogue<T>& epilogue, T* output,    \
-                                          const Conv2dShape& s, ParallelFor threads) {     \
-    winograd_convolve<M>(input, packed, epilogue, output, winograd_forward(s), threads);   \
+#define FASTCONV_WINOGRAD(M)                                                                           \
+  template <typename T>                                                                                \
+  int64_t conv2d_winograd_f##M##_packed_size(const Conv2dShape& s) {                                   \
+    return winograd_packed_size<M, T>(winograd_forward(s));                                            \
+  }                                                                                                    \
+  template <typename T>                                                                                \
+  void conv2d_winograd_f##M##_pack_weight_cpu(const T* weight, accumulate_t<T>* packed,                \
+                                              const Conv2dShape& s, ParallelFor threads) {             \
+    winograd_pack<M>(weight, packed, winograd_forward(s), threads);                                    \
+  }                                                                                                    \
+  template <typename T>                                                                                \
+  void conv2d_winograd_f##M##_forward_cpu(const T* input, const accumulate_t<T>* packed,               \
+                                          const Conv2dEpilogue<T>& epilogue, T* output,                \
+                                          const Conv2dShape& s, ParallelFor threads) {                 \
+    winograd_convolve<M, T>(input, {nullptr, packed}, epilogue, output, winograd_forward(s), threads); \
+  }                                                                                                    \
+  template <typename T>                                                                                \
+  void conv2d_winograd_f##M##_forward_unpacked_cpu(const T* input, const T* weight,                    \
+                                                   const Conv2dEpilogue<T>& epilogue, T* output,       \
+                                                   const Conv2dShape& s, ParallelFor threads) {        \
+    winograd_convolve<M, T>(input, {weight, nullptr}, epilogue, output, winograd_forward(s), threads); \
   }
 FASTCONV_WINOGRAD(2)
 FASTCONV_WINOGRAD(4)
 FASTCONV_WINOGRAD(6)
 
-#define FASTCONV_INSTANTIATE_TILE(M, T)                                                                \
-  template void winograd_pack<M>(const T*, accumulate_t<T>*, const WinogradPass&, ParallelFor);        \
-  template void winograd_convolve<M>(const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*,   \
-                                     const WinogradPass&, ParallelFor);                                \
-  template int64_t conv2d_winograd_f##M##_packed_size<T>(const Conv2dShape&);                          \
-  template void conv2d_winograd_f##M##_pack_weight_cpu(const T*, accumulate_t<T>*, const Conv2dShape&, \
-                                                       ParallelFor);                                   \
-  template void conv2d_winograd_f##M##_forward_cpu(                                                    \
-      const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*, const Conv2dShape&, ParallelFor);
+#define FASTCONV_INSTANTIATE_TILE(M, T)                                                                   \
+  template void winograd_pack<M>(const T*, accumulate_t<T>*, const WinogradPass&, ParallelFor);           \
+  template void winograd_convolve<M>(const T*, const WinogradWeights<T>&, const Conv2dEpilogue<T>&, T*,   \
+                                     const WinogradPass&, ParallelFor);                                   \
+  template int64_t conv2d_winograd_f##M##_packed_size<T>(const Conv2dShape&);                             \
+  template void conv2d_winograd_f##M##_pack_weight_cpu(const T*, accumulate_t<T>*, const Conv2dShape&,    \
+                                                       ParallelFor);                                      \
+  template void conv2d_winograd_f##M##_forward_cpu(                                                       \
+      const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*, const Conv2dShape&, ParallelFor);   \
+  template void conv2d_winograd_f##M##_forward_unpacked_cpu(const T*, const T*, const Conv2dEpilogue<T>&, \
+                                                            T*, const Conv2dShape&, ParallelFor);
 #define FASTCONV_INSTANTIATE(T) \
   FASTCONV_INSTANTIATE_TILE(2, T) FASTCONV_INSTANTIATE_TILE(4, T) FASTCONV_INSTANTIATE_TILE(6, T)
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)

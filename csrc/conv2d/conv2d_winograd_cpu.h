@@ -377,20 +377,15 @@ class TileExpander {
   int64_t step_, top_, left_;
 };
 
-// body(std::integral_constant<int, value>), of a value in [First, Last].
-template <int First, int Last, typename Body>
-inline void with_constant(int64_t value, const Body& body) {
-  if constexpr (First < Last)
-    if (value != First) return with_constant<First + 1, Last>(value, body);
-  body(std::integral_constant<int, First>{});
-}
+// What a sum is to those before it: the first; the next terms, as if there were no break; or a sum of its
+// own, added to them, which rounds less than adding its terms one by one.
+enum class Sum { first, continued, added };
 
-// out[r] = (sum, or 0) + sum over k of rows[r * row_stride + k * row_step] * panel[k * panel_step ...], V
-// vectors wide, for `count` rows, 6 or fewer at a time. Adding a whole block's sum to a long sum rounds less
-// than adding its terms one by one.
+// out[r] = sum over k of rows[r * row_stride + k * row_step] * panel[k * panel_step ...], V vectors wide, for
+// `count` rows, 6 or fewer at a time.
 template <int V, typename A>
 void multiply_rows(const A* rows, int64_t row_stride, int64_t row_step, int64_t count, const A* panel,
-                   int64_t panel_step, int64_t length, A* out, int64_t out_stride, bool add) {
+                   int64_t panel_step, int64_t length, A* out, int64_t out_stride, Sum kind) {
   constexpr int64_t L = lanes_of<A>, most = 6;
   const auto block = [&]<int R>(std::integral_constant<int, R>, int64_t first) {
     const A* lines[R];
@@ -399,7 +394,9 @@ void multiply_rows(const A* rows, int64_t row_stride, int64_t row_step, int64_t 
     for (int r = 0; r < R; ++r) {
       lines[r] = rows + (first + r) * row_stride;
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = Vector<A>{};
+      for (int v = 0; v < V; ++v)
+        sum[r][v] =
+            kind == Sum::continued ? load_vector(out + (first + r) * out_stride + v * L) : Vector<A>{};
     }
     multiply_add(sum, lines, row_step, panel, panel_step, length);
 #pragma GCC unroll 6
@@ -407,7 +404,7 @@ void multiply_rows(const A* rows, int64_t row_stride, int64_t row_step, int64_t 
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         A* target = out + (first + r) * out_stride + v * L;
-        store_vector(target, add ? load_vector(target) + sum[r][v] : sum[r][v]);
+        store_vector(target, kind == Sum::added ? load_vector(target) + sum[r][v] : sum[r][v]);
       }
   };
   const int64_t parts = ceil_div(count, most);
@@ -435,17 +432,35 @@ inline WinogradPass winograd_transposed(const Conv2dShape& s) {  // the filters 
           s.in_height, s.in_width, 2 - s.padding_top, 2 - s.padding_left, true,         s.channels_last};
 }
 
-// Packed weights: (groups, panels, positions, from_group, lanes of the panel).
+// Packed weights: (groups, panels, positions, from_group, lanes of the panel), with a vector between
+// positions, or those of a filter would all fall into one set of the cache.
+template <typename A>
+int64_t position_of(int64_t channels, int64_t line) {
+  return channels * line + lanes_of<A>;
+}
+template <int M, typename A>
+int64_t packed_panel(const WinogradPass& pass, int64_t group, int64_t panel) {
+  const Panels<A> panels{pass.to_group};
+  const int64_t filters = group * panels.padded() + panel * panels.width;
+  return (M + 2) * (M + 2) * (filters * pass.from_group + (group * panels.count() + panel) * lanes_of<A>);
+}
 template <int M, typename T>
 int64_t winograd_packed_size(const WinogradPass& pass) {
-  return pass.groups * Panels<accumulate_t<T>>{pass.to_group}.padded() * pass.from_group * (M + 2) * (M + 2);
+  return packed_panel<M, accumulate_t<T>>(pass, pass.groups, 0);
 }
 
 template <int M, typename T>
 void winograd_pack(const T* weight, accumulate_t<T>* packed, const WinogradPass& pass, ParallelFor threads);
 
+// Weights as winograd_pack wrote them; or null, and then as they lie: a thread packs a panel at a time.
+template <typename T>
+struct WinogradWeights {
+  const T* weight;
+  const accumulate_t<T>* packed;
+};
+
 template <int M, typename T>
-void winograd_convolve(const T* input, const accumulate_t<T>* packed, const Conv2dEpilogue<T>& epilogue,
+void winograd_convolve(const T* input, const WinogradWeights<T>& weights, const Conv2dEpilogue<T>& epilogue,
                        T* output, const WinogradPass& pass, ParallelFor threads);
 
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY

@@ -95,7 +95,8 @@ class WinogradGradWeight {
       const int64_t m = panel * panels.width;
       with_constant<1, most_vectors>(panels.vectors(panel), [&](auto vectors) {
         multiply_rows<vectors>(input.at(p, 0), 1, input.tile_stride(), input.channels, grad.at(p, 0) + m,
-                               grad.tile_stride(), grad.tiles, sums.at(p, 0) + m, sums.tile_stride(), add);
+                               grad.tile_stride(), grad.tiles, sums.at(p, 0) + m, sums.tile_stride(),
+                               add ? Sum::added : Sum::first);
       });
     }
   }

@@ -32,6 +32,12 @@ namespace fastconv {
                                                 const T* bias, T* output, const Conv2dShape& shape, \
                                                 ParallelFor threads);
 
+#define FASTCONV_CONV_TRANSPOSE2D_UNPACKED_CPU(variant)                                                  \
+  template <typename T>                                                                                  \
+  void conv_transpose2d_##variant##_forward_unpacked_cpu(const T* input, const T* weight, const T* bias, \
+                                                         T* output, const Conv2dShape& shape,            \
+                                                         ParallelFor threads);
+
 // As the CUDA kernels of conv2d.h; false, and nothing done, where a kernel does not serve a shape.
 #define FASTCONV_CONV_TRANSPOSE2D_CUDA(variant)                                                             \
   template <typename T>                                                                                     \
@@ -44,7 +50,8 @@ namespace fastconv {
       macro(plain)
 #define FASTCONV_CONV_TRANSPOSE2D_CUDA_VARIANTS(macro) macro(implicit_gemm) macro(direct) macro(im2col)
 // clang-format off
-FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CPU))
+FASTCONV_DECLARE_CPU(FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CPU)
+                         FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_UNPACKED_CPU))
 FASTCONV_CONV_TRANSPOSE2D_CUDA_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CUDA)
 // clang-format on
 

@@ -15,8 +15,7 @@ namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
 template <typename T>
 int64_t conv_transpose2d_direct_packed_size(const Conv2dShape& s) {
-  const DirectPass pass = direct_transposed(s);
-  return pass.packed_size(Panels<accumulate_t<T>>{pass.to_group}.padded());
+  return direct_transposed(s).packed_size<accumulate_t<T>>();
 }
 
 template <typename T>

@@ -10,22 +10,29 @@
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
-#define FASTCONV_WINOGRAD(M)                                                                         \
-  template <typename T>                                                                              \
-  int64_t conv_transpose2d_winograd_f##M##_packed_size(const Conv2dShape& s) {                       \
-    return winograd_packed_size<M, T>(winograd_transposed(s));                                       \
-  }                                                                                                  \
-  template <typename T>                                                                              \
-  void conv_transpose2d_winograd_f##M##_pack_weight_cpu(const T* weight, accumulate_t<T>* packed,    \
-                                                        const Conv2dShape& s, ParallelFor threads) { \
-    winograd_pack<M>(weight, packed, winograd_transposed(s), threads);                               \
-  }                                                                                                  \
-  template <typename T>                                                                              \
-  void conv_transpose2d_winograd_f##M##_forward_cpu(const T* input, const accumulate_t<T>* packed,   \
-                                                    const T* bias, T* output, const Conv2dShape& s,  \
-                                                    ParallelFor threads) {                           \
-    const Conv2dEpilogue<T> epilogue{bias, nullptr, Activation::none};                               \
-    winograd_convolve<M>(input, packed, epilogue, output, winograd_transposed(s), threads);          \
+#define FASTCONV_WINOGRAD(M)                                                                                 \
+  template <typename T>                                                                                      \
+  int64_t conv_transpose2d_winograd_f##M##_packed_size(const Conv2dShape& s) {                               \
+    return winograd_packed_size<M, T>(winograd_transposed(s));                                               \
+  }                                                                                                          \
+  template <typename T>                                                                                      \
+  void conv_transpose2d_winograd_f##M##_pack_weight_cpu(const T* weight, accumulate_t<T>* packed,            \
+                                                        const Conv2dShape& s, ParallelFor threads) {         \
+    winograd_pack<M>(weight, packed, winograd_transposed(s), threads);                                       \
+  }                                                                                                          \
+  template <typename T>                                                                                      \
+  void conv_transpose2d_winograd_f##M##_forward_cpu(const T* input, const accumulate_t<T>* packed,           \
+                                                    const T* bias, T* output, const Conv2dShape& s,          \
+                                                    ParallelFor threads) {                                   \
+    const Conv2dEpilogue<T> epilogue{bias, nullptr, Activation::none};                                       \
+    winograd_convolve<M, T>(input, {nullptr, packed}, epilogue, output, winograd_transposed(s), threads);    \
+  }                                                                                                          \
+  template <typename T>                                                                                      \
+  void conv_transpose2d_winograd_f##M##_forward_unpacked_cpu(const T* input, const T* weight, const T* bias, \
+                                                             T* output, const Conv2dShape& s,                \
+                                                             ParallelFor threads) {                          \
+    const Conv2dEpilogue<T> epilogue{bias, nullptr, Activation::none};                                       \
+    winograd_convolve<M, T>(input, {weight, nullptr}, epilogue, output, winograd_transposed(s), threads);    \
   }
 FASTCONV_WINOGRAD(2)
 FASTCONV_WINOGRAD(4)
@@ -36,7 +43,9 @@ FASTCONV_WINOGRAD(6)
   template void conv_transpose2d_winograd_f##M##_pack_weight_cpu(const T*, accumulate_t<T>*,                 \
                                                                  const Conv2dShape&, ParallelFor);           \
   template void conv_transpose2d_winograd_f##M##_forward_cpu(const T*, const accumulate_t<T>*, const T*, T*, \
-                                                             const Conv2dShape&, ParallelFor);
+                                                             const Conv2dShape&, ParallelFor);               \
+  template void conv_transpose2d_winograd_f##M##_forward_unpacked_cpu(const T*, const T*, const T*, T*,      \
+                                                                      const Conv2dShape&, ParallelFor);
 #define FASTCONV_INSTANTIATE(T) \
   FASTCONV_INSTANTIATE_TILE(2, T) FASTCONV_INSTANTIATE_TILE(4, T) FASTCONV_INSTANTIATE_TILE(6, T)
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)

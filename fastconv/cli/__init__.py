@@ -7,10 +7,13 @@ and ``run(args)`` does the work and returns the exit status.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 COMMANDS = {
     "doctor": "what is built and can run here, and the one command that mends what is missing",
@@ -50,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return args.run(args)
+        with _terminating_interrupts():
+            return args.run(args)
     except UserError as error:
         print(f"python -m fastconv {args.command}: {error}", file=sys.stderr)
         return 2
@@ -65,3 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # such as: ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+@contextlib.contextmanager
+def _terminating_interrupts() -> Iterator[None]:
+    """Within the block, SIGTERM is as Ctrl-C: a command that is stopped shows what it has."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -102,13 +102,20 @@ def suite(module: str) -> ModuleType:
 
 
 def measure(problems, contenders, args: argparse.Namespace, ceilings, console) -> Iterator[dict]:
-    """Measures one problem after the other, under a progress bar, as long as ``--within`` allows."""
+    """Measures one problem after the other, as long as ``--within`` allows.
+
+    Under a progress bar; where there is no terminal to draw it, with a line on stderr for each that is done.
+    """
     start = time.perf_counter()
     with progress_bars(console) as progress:
         task = progress.add_task("", total=len(problems))
         for done, problem in enumerate(problems, 1):
             progress.update(task, description=str(problem))
-            yield problem.measure(contenders, rounds=args.rounds, seconds=args.seconds, ceilings=ceilings)
+            group = problem.measure(contenders, rounds=args.rounds, seconds=args.seconds, ceilings=ceilings)
+            if not console.is_terminal:
+                seconds = time.perf_counter() - start
+                print(f"{done} of {len(problems)}, {seconds:.0f} s: {problem}", file=sys.stderr, flush=True)
+            yield group
             progress.advance(task)
             if args.within and time.perf_counter() - start > args.within:
                 console.print(f"stopped after {done} of {len(problems)} passes: --within {args.within:g}")

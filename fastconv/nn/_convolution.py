@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..backends import CHOICES
 from ..ops._arguments import DTYPES
-from ..ops._operator import autocast
+from ..ops._operator import autocast, is_autocast
 from ._rules import no_kernel
 
 
@@ -51,7 +51,7 @@ class Convolution(_ConvNd):
     ) -> tuple[str, str | None]:
         """The backend and the algorithm that run; ``default`` gives the C++ one, if it is not always one."""
         choose, weight = CHOICES[self.op], self.weight
-        if images.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(images.device.type):
+        if is_autocast(images):
             images, weight = autocast(images.device.type, (images, weight))
         backend = choose(self.backend, self.algorithm, images, weight, *geometry)
         if self.algorithm is not None:
@@ -83,5 +83,5 @@ def takes(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         return False
     if weight.numel() == 0 or input.shape[1] == 0:
         return False
-    same_dtype = torch.is_autocast_enabled(input.device.type) or all(t.dtype == input.dtype for t in tensors)
+    same_dtype = is_autocast(input) or all(t.dtype == input.dtype for t in tensors)
     return same_dtype and all(t.dtype in DTYPES and t.device == input.device for t in tensors)

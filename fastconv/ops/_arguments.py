@@ -12,6 +12,9 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# Of a stride, a padding or a dilation. Kernels add up a few products of one with a size, in 64 bits.
+LARGEST = (1 << 31) - 1
+
 
 def integer(name: str, value: int, least: int = 1) -> int:
     """An argument that is one integer of at least ``least``."""
@@ -22,16 +25,23 @@ def integer(name: str, value: int, least: int = 1) -> int:
 
 
 def pair(name: str, value: int | Sequence[int], least: int = 1) -> tuple[int, int]:
-    """(height, width) of an argument given as one integer or as two; each at least ``least``."""
+    """(height, width) of an argument given as one integer or as two; from ``least`` to ``LARGEST``."""
     if type(value) is int:
         first = second = value
     elif isinstance(value, (tuple, list)) and len(value) in (1, 2):
         first, second = _integer(name, value[0]), _integer(name, value[-1])
     else:
         first = second = _integer(name, value)
-    if first < least or second < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    _check_range(name, (first, second), least, value)
     return first, second
+
+
+def _check_range(name: str, numbers: Sequence[int], least: int, given: object) -> None:
+    if any(number < least for number in numbers):
+        raise ValueError(f"{name} must be at least {least}, got {given!r}")
+    # A number that torch.compile does not know stays free: the kernels check it themselves.
+    if any(type(number) is int and number > LARGEST for number in numbers):
+        raise ValueError(f"{name} must be at most {LARGEST}, got {given!r}")
 
 
 def _integer(name: str, value: object, allowed: str = "an integer or a pair of integers") -> int:
@@ -79,14 +89,16 @@ def output_size(
 def check_integers(name: str, values: Sequence[int], count: int, least: int) -> None:
     if len(values) != count:
         raise ValueError(f"{name} must have {count} values, got {tuple(values)}")
-    if any(value < least for value in values):
-        raise ValueError(f"{name} must be at least {least}, got {tuple(values)}")
+    _check_range(name, values, least, tuple(values))
 
 
 def check_tensor(name: str, tensor: object, rank: int, like: torch.Tensor | None = None) -> None:
-    """Raises unless ``tensor`` has this rank, a supported dtype, and the device and dtype of ``like``."""
+    """Raises unless ``tensor`` is dense, has this rank, a type we serve, and ``like``'s type and device."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {layout}")
     if tensor.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(tensor.shape)}")
     if tensor.dtype not in DTYPES:

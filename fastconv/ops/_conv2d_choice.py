@@ -31,16 +31,18 @@ def _has_wide_vectors() -> bool:
 
 _WIDE_VECTORS = _has_wide_vectors()  # a constant, for torch.compile to trace
 
-# Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels.
-_TRAINING_PIXELS = 512
+# Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels,
+# with many channels from fewer.
+_TRAINING_PIXELS, _TRAINING_PIXELS_OF_MANY, _MANY = 512, 192, 128
 
 
-def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> str | None:
+def fastest(source, target, pixels, input, weight, stride, dilation, groups, fused=False) -> str | None:
     """The fastest C++ kernel of a pass, or None where PyTorch's own is faster.
 
     Args:
         source, target: channels of a group that the pass reads, and that it writes.
         pixels: of all images, on the side of the convolution's output.
+        fused: an activation or a residual follows, for which PyTorch takes another pass over the output.
     """
     if not _WIDE_VECTORS or stride[0] * stride[1] > _convolution.MOST_PHASES:
         return None
@@ -60,7 +62,11 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
         and tuple(stride) == tuple(dilation) == (1, 1)
         and source >= 16
         and target >= 16
-        and (pixels >= _TRAINING_PIXELS or not training)
+        and (
+            not training
+            or pixels >= _TRAINING_PIXELS
+            or (pixels >= _TRAINING_PIXELS_OF_MANY and min(source, target) >= _MANY)
+        )
     ):
         return "winograd_f4"
     lanes_are_pixels = not channels_last and (taps == 1 or target < 32 or source < 16)
@@ -70,14 +76,16 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups) -> 
     if taps > 1:
         wins = source * taps >= 64
     elif channels_last:
-        wins = source >= 1024 or plane <= 100
+        wins = source >= 1024 or plane <= 100 or (fused and min(source, target) >= 64)
+        if training:
+            wins = plane <= 100 and min(source, target) >= 512
     else:
         wins = plane >= (3136 if training else 784)
     if channels_last:
         wins = wins and target >= 16
     else:
         wins = wins and weight.dtype != torch.bfloat16
-    if training and algorithm == "direct":
+    if training and algorithm == "direct" and taps > 1:
         wins = False  # packing in each call takes what the kernel gains
     return algorithm if wins else None
 
@@ -94,14 +102,14 @@ def prefer(cpu_algorithm: str | None, input: torch.Tensor) -> tuple[str, ...]:
     return ("aten", "cpu") if cpu_algorithm is None else ("cpu", "aten")
 
 
-def _cpu_algorithm(input, weight, stride, padding, dilation, groups) -> str | None:
+def _cpu_algorithm(input, weight, stride, padding, dilation, groups, fused=False) -> str | None:
     pixels = input.shape[0] * (input.shape[2] // stride[0]) * (input.shape[3] // stride[1])
     source, target = weight.shape[1], weight.shape[0] // groups
-    return fastest(source, target, pixels, input, weight, stride, dilation, groups)
+    return fastest(source, target, pixels, input, weight, stride, dilation, groups, fused)
 
 
-def _prefer(input, weight, stride, padding, dilation, groups) -> tuple[str, ...]:
-    return prefer(_cpu_algorithm(input, weight, stride, padding, dilation, groups), input)
+def _prefer(input, weight, stride, padding, dilation, groups, fused=False) -> tuple[str, ...]:
+    return prefer(_cpu_algorithm(input, weight, stride, padding, dilation, groups, fused), input)
 
 
 choose = Choice(
@@ -119,6 +127,6 @@ choose = Choice(
 )
 
 
-def default_algorithm(input, weight, stride, padding, dilation, groups) -> str:
+def default_algorithm(input, weight, stride, padding, dilation, groups, fused=False) -> str:
     """The C++ kernel where a call names none."""
-    return _cpu_algorithm(input, weight, stride, padding, dilation, groups) or default_for(stride)
+    return _cpu_algorithm(input, weight, stride, padding, dilation, groups, fused) or default_for(stride)

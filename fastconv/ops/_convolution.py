@@ -1,4 +1,4 @@
-"""What convolution and its transpose share: checks, packed weights, algorithms that have conditions."""
+"""What the convolutions share: checks, gradients, packed weights, algorithms that have conditions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ._arguments import check_integers, check_tensor, integer
-from ._operator import autocast, library, memory_format_of
+from ._operator import autocast, library, memory_format_of, new_output
 
 MOST_PHASES = 4096  # each of which costs time and memory, even where the image has no pixel of it
 NARROW = 32  # channels of a group that algorithm="grouped" is made for
@@ -51,8 +51,81 @@ def check_not_packed(packed: torch.Tensor | None) -> None:
         raise ValueError("packed must be None: only the C++ kernels read packed weights")
 
 
-def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups) -> str | None:
+def format_of_weight(weight: torch.Tensor) -> torch.memory_format:
+    """The layout of a weight's gradient: channels_last if the weight is that and not contiguous too."""
+    if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def new_gradients(input: torch.Tensor, weight: torch.Tensor, need: Sequence[bool]) -> tuple:
+    """Uninitialised gradients of input, weight and bias; those that are not needed have size 0."""
+    need_input, need_weight, need_bias = need
+    grad_weight = input.new_empty(0)
+    if need_weight:
+        memory_format = format_of_weight(weight)
+        grad_weight = torch.empty(
+            weight.shape, dtype=input.dtype, device=input.device, memory_format=memory_format
+        )
+    return (
+        new_output(input, input.shape) if need_input else input.new_empty(0),
+        grad_weight,
+        input.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+def check_grad_output(grad_output: torch.Tensor, input: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises unless it is as the output."""
+    check_tensor("grad_output", grad_output, rank=4, like=input)
+    if grad_output.shape != shape:
+        raise ValueError(f"grad_output must have shape {shape}, got {tuple(grad_output.shape)}")
+
+
+def unfold_gradients(grads: Sequence[torch.Tensor], need: Sequence[bool], count: int) -> tuple:
+    """The result of ``vmap`` from gradients with ``count`` maps folded into channels and filters."""
+    dims = (1 if need[0] else 0, 0, 0)
+    # A gradient that is not needed has no dimension to map; give it one.
+    return tuple(
+        grad.unflatten(dim, (count, -1)) if needed else grad.expand(count, 0)
+        for grad, needed, dim in zip(grads, need, dims)
+    ), dims
+
+
+def double_backward(
+    ctx: Any, grad_grads: Sequence[torch.Tensor], convolve: Callable, transpose: Callable
+) -> tuple:
+    """Gradients of a convolution's gradients with respect to grad_output, input and weight.
+
+    They are linear in each of the three: convolutions again. ``convolve(x, w)`` is the convolution,
+    ``transpose(x, w, need)`` its gradients for ``ctx``'s grad_output, of which ``need`` names one.
+    """
+    grad_output, input, weight = ctx.saved_tensors
+    grad_grad_input, grad_grad_weight, grad_grad_bias = grad_grads
+    need_input, need_weight, need_bias = ctx.need
+    for_grad_output = for_input = for_weight = None
+    if ctx.needs_input_grad[0]:
+        terms = []
+        if need_input:
+            terms.append(convolve(grad_grad_input, weight))
+        if need_weight:
+            terms.append(convolve(input, grad_grad_weight))
+        if need_bias:
+            terms.append(grad_grad_bias[:, None, None].expand_as(grad_output))
+        for_grad_output = sum(terms[1:], terms[0])
+    if ctx.needs_input_grad[1] and need_weight:
+        for_input = transpose(input, grad_grad_weight, "input")[0]
+    if ctx.needs_input_grad[2] and need_input:
+        for_weight = transpose(grad_grad_input, weight, "weight")[1]
+    return for_grad_output, for_input, for_weight
+
+
+def why_not(
+    backend, algorithm, input, weight, stride, padding, dilation, groups, fused=False, *, transposed=False
+) -> str | None:
     """Which condition of an algorithm a convolution, or a transposed one, fails; None if none."""
+    channels, filters = weight.shape[1], weight.shape[0] // groups
+    if transposed:
+        channels, filters = filters, channels
     kernel = f"a {weight.shape[2]}x{weight.shape[3]} weight"
     if algorithm == "im2col" and memory_format_of(input) != torch.contiguous_format:
         return "algorithm='im2col' needs a contiguous input, got a channels_last one"
@@ -68,18 +141,18 @@ def why_not(backend, algorithm, input, weight, stride, padding, dilation, groups
             f"algorithm={algorithm!r} needs a 3x3 weight, stride 1 and dilation 1, got {kernel}, "
             f"stride={tuple(stride)}, dilation={tuple(dilation)}"
         )
-    if algorithm == "grouped" and (weight.shape[1] > NARROW or weight.shape[0] // groups > NARROW):
+    if algorithm == "grouped" and (channels > NARROW or filters > NARROW):
         return (
             f"algorithm='grouped' needs at most {NARROW} channels and filters in a group, got "
-            f"{weight.shape[1]} and {weight.shape[0] // groups}"
+            f"{channels} and {filters}"
         )
     if algorithm == "implicit_gemm" and backend in ("cuda", "emulator"):
         if weight.dtype not in (torch.float16, torch.bfloat16):
             return f"algorithm='implicit_gemm' multiplies float16 and bfloat16, got {weight.dtype}"
-        if weight.shape[1] % 8 or weight.shape[0] // groups % 8:
+        if channels % 8 or filters % 8:
             return (
                 "algorithm='implicit_gemm' needs a multiple of 8 channels and of 8 filters in a group, got "
-                f"{weight.shape[1]} and {weight.shape[0] // groups}"
+                f"{channels} and {filters}"
             )
     if algorithm == "pointwise" and (
         any(value != 1 for value in (*weight.shape[2:], *stride)) or any(value != 0 for value in padding)

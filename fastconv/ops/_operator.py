@@ -27,6 +27,11 @@ library = torch.library.Library("fastconv", "FRAGMENT")
 OVERLOADS = {"cpu": "", "cuda": "", "emulator": "emulator", "triton": "triton"}
 
 
+def is_autocast(tensor: torch.Tensor) -> bool:
+    """Whether ``torch.autocast`` is on for a tensor's device."""
+    return tensor.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tensor.device.type)
+
+
 def autocast(device_type: str, arguments: Sequence[Any]) -> list[Any]:
     """Casts float tensors to the type that ``torch.autocast`` asks for on a device type.
 
@@ -38,6 +43,7 @@ def autocast(device_type: str, arguments: Sequence[Any]) -> list[Any]:
         if isinstance(argument, torch.Tensor)
         and argument.is_floating_point()
         and argument.dtype != torch.float64
+        and argument.layout == torch.strided  # what is not is refused, by name
         else argument
         for argument in arguments
     ]

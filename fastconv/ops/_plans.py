@@ -33,7 +33,7 @@ def key_of(op: str, tensors: tuple[Any, ...], *arguments: Any) -> Hashable | Non
     for tensor in tensors:
         if tensor is None:
             facts.append(None)
-        elif type(tensor) in _PLAIN and tensor.layout is torch.strided:
+        elif type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_nested:
             facts += tensor.shape, tensor.stride(), tensor.dtype, tensor.device
         else:
             return None

@@ -14,11 +14,15 @@ from ._conv2d_choice import choose, default_algorithm
 from ._convolution import (
     autocast_but,
     check_bias,
+    check_grad_output,
     check_groups,
     check_not_packed,
     check_operands,
     define_pack_weight,
+    double_backward,
+    new_gradients,
     serves,
+    unfold_gradients,
     why_not,
 )
 from ._operator import (
@@ -26,6 +30,7 @@ from ._operator import (
     as_memory_format,
     autocast,
     fold_into,
+    is_autocast,
     map_one_by_one,
     memory_format_of,
     new_output,
@@ -122,7 +127,7 @@ def conv2d(
     plan = _plans.find(key)
     if plan is None:
         check_tensor("input", input, rank=4)
-        if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
+        if is_autocast(input):
             input, weight, bias, residual = autocast(input.device.type, tensors)
         stride, dilation = pair("stride", stride), pair("dilation", dilation)
         groups = integer("groups", groups)
@@ -130,9 +135,10 @@ def conv2d(
         padding = padding_sides(padding, weight.shape[2:], stride, dilation)
         geometry = (stride, padding, dilation, groups)
         _check(input, weight, bias, residual, *geometry, activation)
-        backend = choose(backend, algorithm, input, weight, *geometry)
+        fused = activation is not None or residual is not None
+        backend = choose(backend, algorithm, input, weight, *geometry, fused)
         if backend == "cpu" and algorithm is None:
-            algorithm = default_algorithm(input, weight, *geometry)
+            algorithm = default_algorithm(input, weight, *geometry, fused)
         plan = _plans.keep(key, (backend, algorithm, geometry))
     backend, algorithm, geometry = plan
     if backend == "aten":
@@ -323,19 +329,12 @@ def _backward_fake(
     need_weight,
     need_bias,
 ):
-    return (
-        new_output(input, input.shape) if need_input else input.new_empty(0),
-        input.new_empty(weight.shape if need_weight else 0),
-        input.new_empty(weight.shape[0] if need_bias else 0),
-    )
+    return new_gradients(input, weight, (need_input, need_weight, need_bias))
 
 
 def _check_backward(grad_output, input, weight, stride, padding, dilation, groups, algorithm, *_) -> None:
     size = _check_forward(input, weight, None, None, None, stride, padding, dilation, groups, None, algorithm)
-    check_tensor("grad_output", grad_output, rank=4, like=input)
-    expected = (input.shape[0], weight.shape[0], *size)
-    if grad_output.shape != expected:
-        raise ValueError(f"grad_output must have shape {expected}, got {tuple(grad_output.shape)}")
+    check_grad_output(grad_output, input, (input.shape[0], weight.shape[0], *size))
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -344,13 +343,11 @@ def _backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(grad_output, input, weight)
 
 
-def _backward_backward(ctx: Any, grad_grad_input, grad_grad_weight, grad_grad_bias) -> tuple:
-    """The gradients are linear in each of (grad_output, input, weight): convolutions again."""
-    grad_output, input, weight = ctx.saved_tensors
+def _backward_backward(ctx: Any, *grad_grads: torch.Tensor) -> tuple:
     geometry, algorithm = ctx.geometry, ctx.algorithm
-    need_input, need_weight, need_bias = ctx.need
-    if need_input:  # an algorithm may serve the input's layout alone
-        grad_grad_input = as_memory_format(grad_grad_input, memory_format_of(input))
+    grad_output, input, _ = ctx.saved_tensors
+    if ctx.need[0]:  # an algorithm may serve the input's layout alone
+        grad_grads = (as_memory_format(grad_grads[0], memory_format_of(input)), *grad_grads[1:])
 
     def convolve(x, w):
         return forward_operator(ctx.backend, x, w, None, None, None, *geometry, None, algorithm)
@@ -360,26 +357,12 @@ def _backward_backward(ctx: Any, grad_grad_input, grad_grad_weight, grad_grad_bi
             ctx.backend, grad_output, x, w, *geometry, algorithm, need == "input", need == "weight", False
         )
 
-    for_grad_output = for_input = for_weight = None
-    if ctx.needs_input_grad[0]:
-        terms = []
-        if need_input:
-            terms.append(convolve(grad_grad_input, weight))
-        if need_weight:
-            terms.append(convolve(input, grad_grad_weight))
-        if need_bias:
-            terms.append(grad_grad_bias[:, None, None].expand_as(grad_output))
-        for_grad_output = sum(terms[1:], terms[0])
-    if ctx.needs_input_grad[1] and need_weight:
-        for_input = transpose(input, grad_grad_weight, "input")[0]
-    if ctx.needs_input_grad[2] and need_input:
-        for_weight = transpose(grad_grad_input, weight, "weight")[1]
-    return for_grad_output, for_input, for_weight, *[None] * 8
+    return *double_backward(ctx, grad_grads, convolve, transpose), *[None] * 8
 
 
 def _backward_vmap(op, info, in_dims, grad_output, input, weight, *rest):
     count = info.batch_size
-    *geometry, groups, algorithm, need_input, need_weight, need_bias = rest
+    *geometry, groups, algorithm, _, _, _ = rest
     folded = (
         fold_into(1, grad_output, in_dims[0], count),
         fold_into(1, input, in_dims[1], count),
@@ -388,14 +371,8 @@ def _backward_vmap(op, info, in_dims, grad_output, input, weight, *rest):
     geometry = (*geometry, groups * count)
     if not serves(why_not, op, algorithm, *folded[1:], *geometry):
         return map_one_by_one(op, info, in_dims, grad_output, input, weight, *rest)
-    grads = op(*folded, *geometry, algorithm, need_input, need_weight, need_bias)
-    grad_input, grad_weight, grad_bias = grads
-    # A gradient that is not needed has no dimension to map; give it one.
-    return (
-        grad_input.unflatten(1, (count, -1)) if need_input else grad_input.expand(count, 0),
-        grad_weight.unflatten(0, (count, -1)) if need_weight else grad_weight.expand(count, 0),
-        grad_bias.unflatten(0, (count, -1)) if need_bias else grad_bias.expand(count, 0),
-    ), (1 if need_input else 0, 0, 0)
+    grads = op(*folded, *geometry, algorithm, *rest[-3:])
+    return unfold_gradients(grads, rest[-3:], count)
 
 
 def _backward_flops(grad_output, input, weight, *rest, out_shape):

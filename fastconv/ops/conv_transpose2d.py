@@ -25,6 +25,7 @@ from ._operator import (
     as_memory_format,
     autocast,
     fold_into,
+    is_autocast,
     map_one_by_one,
     memory_format_of,
     new_output,
@@ -123,7 +124,7 @@ def conv_transpose2d(
     plan = _plans.find(key)
     if plan is None:
         check_tensor("input", input, rank=4)
-        if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
+        if is_autocast(input):
             input, weight, bias = autocast(input.device.type, tensors)
         check_tensor("weight", weight, rank=4, like=input)
         stride, dilation = pair("stride", stride), pair("dilation", dilation)
@@ -188,7 +189,9 @@ def _why_not(
     backend, algorithm, input, weight, stride, padding, output_padding, dilation, groups
 ) -> str | None:
     sides = (*padding, *output_padding)
-    return _convolution.why_not(backend, algorithm, input, weight, stride, sides, dilation, groups)
+    return _convolution.why_not(
+        backend, algorithm, input, weight, stride, sides, dilation, groups, transposed=True
+    )
 
 
 def _prefer(input, weight, stride, padding, output_padding, dilation, groups) -> tuple[str, ...]:
@@ -263,6 +266,11 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias and need_bias else None
     # Below and right, output_padding less is padded; pixels beyond that no input has reached.
     rows, columns = (max(extra - p, 0) for extra, p in zip(output_padding, padding))
+    if rows >= grad.shape[2] or columns >= grad.shape[3]:  # no input has reached any
+        gradients = (
+            torch.zeros_like(t) if need else None for t, need in zip((input, weight), ctx.needs_input_grad)
+        )
+        return *gradients, grad_bias, *[None] * 7
     grad = grad[:, :, : grad.shape[2] - rows, : grad.shape[3] - columns]
     below, right = (max(p - extra, 0) for extra, p in zip(output_padding, padding))
     geometry = (stride, (padding[0], below, padding[1], right), dilation, groups)

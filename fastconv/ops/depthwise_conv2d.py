@@ -10,7 +10,16 @@ import torch
 from ..backends import Choice
 from ._activation import FROM_OUTPUT, activate, activation_backward, check_activation
 from ._arguments import check_integers, check_tensor, output_size, padding_sides, pair
-from ._operator import Operator, autocast, fold_into, fold_into_batch, memory_format_of, new_output
+from ._convolution import check_grad_output, double_backward, new_gradients, unfold_gradients
+from ._operator import (
+    Operator,
+    autocast,
+    fold_into,
+    fold_into_batch,
+    is_autocast,
+    memory_format_of,
+    new_output,
+)
 
 
 def depthwise_conv2d_reference(
@@ -84,7 +93,7 @@ def depthwise_conv2d(
     Reference: Howard et al., "MobileNets", 2017, arXiv:1704.04861.
     """
     check_tensor("input", input, rank=4)
-    if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
+    if is_autocast(input):
         input, weight, bias = autocast(input.device.type, (input, weight, bias))
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     check_tensor("weight", weight, rank=4, like=input)
@@ -237,19 +246,12 @@ forward_operator = Operator(
 def _backward_fake(
     grad_output, input, weight, stride, padding, dilation, algorithm, need_input, need_weight, need_bias
 ):
-    return (
-        new_output(input, input.shape) if need_input else input.new_empty(0),
-        input.new_empty(weight.shape if need_weight else 0),
-        input.new_empty(weight.shape[0] if need_bias else 0),
-    )
+    return new_gradients(input, weight, (need_input, need_weight, need_bias))
 
 
 def _check_backward(grad_output, input, weight, stride, padding, dilation, algorithm, *_) -> None:
     size = _check_forward(input, weight, None, stride, padding, dilation, None, algorithm)
-    check_tensor("grad_output", grad_output, rank=4, like=input)
-    expected = (input.shape[0], weight.shape[0], *size)
-    if grad_output.shape != expected:
-        raise ValueError(f"grad_output must have shape {expected}, got {tuple(grad_output.shape)}")
+    check_grad_output(grad_output, input, (input.shape[0], weight.shape[0], *size))
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -258,11 +260,9 @@ def _backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(grad_output, input, weight)
 
 
-def _backward_backward(ctx: Any, grad_grad_input, grad_grad_weight, grad_grad_bias) -> tuple:
-    """The gradients are linear in each of (grad_output, input, weight): convolutions again."""
-    grad_output, input, weight = ctx.saved_tensors
+def _backward_backward(ctx: Any, *grad_grads: torch.Tensor) -> tuple:
+    grad_output = ctx.saved_tensors[0]
     geometry, algorithm = ctx.geometry, ctx.algorithm
-    need_input, need_weight, need_bias = ctx.need
 
     def convolve(x, w):
         return forward_operator(ctx.backend, x, w, None, *geometry, None, algorithm)
@@ -272,21 +272,7 @@ def _backward_backward(ctx: Any, grad_grad_input, grad_grad_weight, grad_grad_bi
             ctx.backend, grad_output, x, w, *geometry, algorithm, need == "input", need == "weight", False
         )
 
-    for_grad_output = for_input = for_weight = None
-    if ctx.needs_input_grad[0]:
-        terms = []
-        if need_input:
-            terms.append(convolve(grad_grad_input, weight))
-        if need_weight:
-            terms.append(convolve(input, grad_grad_weight))
-        if need_bias:
-            terms.append(grad_grad_bias[:, None, None].expand_as(grad_output))
-        for_grad_output = sum(terms[1:], terms[0])
-    if ctx.needs_input_grad[1] and need_weight:
-        for_input = transpose(input, grad_grad_weight, "input")[0]
-    if ctx.needs_input_grad[2] and need_input:
-        for_weight = transpose(grad_grad_input, weight, "weight")[1]
-    return for_grad_output, for_input, for_weight, *[None] * 7
+    return *double_backward(ctx, grad_grads, convolve, transpose), *[None] * 7
 
 
 def _backward_vmap(op, info, in_dims, grad_output, input, weight, *rest):
@@ -297,14 +283,7 @@ def _backward_vmap(op, info, in_dims, grad_output, input, weight, *rest):
         fold_into(0, weight, in_dims[2], count),
         *rest,
     )
-    need_input, need_weight, need_bias = rest[-3:]
-    grad_input, grad_weight, grad_bias = grads
-    # A gradient that is not needed has no dimension to map; give it one.
-    return (
-        grad_input.unflatten(1, (count, -1)) if need_input else grad_input.expand(count, 0),
-        grad_weight.unflatten(0, (count, -1)) if need_weight else grad_weight.expand(count, 0),
-        grad_bias.unflatten(0, (count, -1)) if need_bias else grad_bias.expand(count, 0),
-    ), (1 if need_input else 0, 0, 0)
+    return unfold_gradients(grads, rest[-3:], count)
 
 
 def _backward_flops(grad_output, input, weight, *rest, out_shape):
