@@ -92,9 +92,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
     if (weight_pass)
       Backend::template grad_weight<T>(algorithm, grad_output, input, grad_weight,
                                        need_bias ? mutable_data<T>(grad_bias) : nullptr, shape);
-    if (need_weight) grad_weight = Backend::template as_weight<T>(grad_weight, weight);
   });
-  return {grad_input, need_weight ? grad_weight : new_tensor(nothing, input), grad_bias};
+  return {grad_input,
+          need_weight ? as_format(grad_weight, format_of_weight(weight)) : new_tensor(nothing, input),
+          grad_bias};
 }
 
 #if !defined(FASTCONV_EMULATOR)

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "../common/binding.h"
-#include "../common/transpose.h"
 #include "../conv_transpose2d/conv_transpose2d.h"
 #include "conv2d.h"
 
@@ -173,26 +172,6 @@ inline MemoryFormat format_of_weight(const Tensor& weight) {
 }
 
 struct Cpu {
-  // A contiguous weight. From channels_last by our own transpose, many times as fast as PyTorch's copy.
-  template <typename T>
-  static Tensor contiguous_weight(const Tensor& weight) {
-    if (format_of_weight(weight) == MemoryFormat::Contiguous) return as_contiguous(weight);
-    const Tensor copy = new_tensor(sizes_of(weight), weight);
-    FASTCONV_CALL_CPU(transpose_matrices(const_data<T>(weight), mutable_data<T>(copy), weight.size(0),
-                                         weight.size(2) * weight.size(3), weight.size(1), torch_threads));
-    return copy;
-  }
-
-  // A contiguous gradient of a weight, in the weight's layout.
-  template <typename T>
-  static Tensor as_weight(const Tensor& gradient, const Tensor& weight) {
-    if (format_of_weight(weight) == MemoryFormat::Contiguous) return gradient;
-    const Tensor copy = new_tensor(sizes_of(weight), weight, MemoryFormat::ChannelsLast);
-    FASTCONV_CALL_CPU(transpose_matrices(const_data<T>(gradient), mutable_data<T>(copy), weight.size(0),
-                                         weight.size(1), weight.size(2) * weight.size(3), torch_threads));
-    return copy;
-  }
-
   // The first row that serves.
   template <typename Variant>
   static const Variant& find(const std::optional<std::string>& algorithm, const Conv2dShape& shape) {
@@ -205,7 +184,7 @@ struct Cpu {
   template <typename T, typename Variant>
   static Tensor pack(const Variant& variant, const Tensor& weight, const Conv2dShape& shape) {
     const Tensor packed = torch::stable::empty({variant.packed_size(shape)}, accumulate_dtype<T>);
-    const Tensor dense = contiguous_weight<T>(weight);
+    const Tensor dense = as_contiguous(weight);
     variant.pack_weight(const_data<T>(dense), mutable_data<accumulate_t<T>>(packed), shape, torch_threads);
     return packed;
   }
@@ -229,7 +208,7 @@ struct Cpu {
                       const Tensor& output, const Conv2dShape& shape) {
     const auto& variant = find<Conv2dCpuVariant<T>>(algorithm, shape);
     if (!packed && variant.forward_unpacked) {
-      const Tensor dense = contiguous_weight<T>(weight);
+      const Tensor dense = as_contiguous(weight);
       return variant.forward_unpacked(const_data<T>(input), const_data<T>(dense), epilogue,
                                       mutable_data<T>(output), shape, torch_threads);
     }
@@ -244,7 +223,7 @@ struct Cpu {
                         const Tensor& output, const Conv2dShape& shape) {
     const auto& variant = find<ConvTranspose2dCpuVariant<T>>(algorithm, shape);
     if (!packed && variant.forward_unpacked) {
-      const Tensor dense = contiguous_weight<T>(weight);
+      const Tensor dense = as_contiguous(weight);
       return variant.forward_unpacked(const_data<T>(input), const_data<T>(dense), bias,
                                       mutable_data<T>(output), shape, torch_threads);
     }
@@ -264,11 +243,6 @@ struct Cpu {
 };
 
 struct Cuda {
-  template <typename T>
-  static Tensor as_weight(const Tensor& gradient, const Tensor& weight) {
-    return as_format(gradient, format_of_weight(weight));
-  }
-
   // Runs the first row whose kernel takes the shape.
   template <typename Variants, typename Call>
   static void run(const std::optional<std::string>& algorithm, const Variants& variants, const Call& call) {
