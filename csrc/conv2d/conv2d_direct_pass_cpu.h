@@ -400,8 +400,7 @@ class Direct {
           if (r >= count) return;
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v)
-            store_one(output_.data + pixels.output[r] + first + v * L,
-                      sum[r][v] < least ? least : sum[r][v]);
+            store_one(output_.data + pixels.output[r] + first + v * L, sum[r][v] < least ? least : sum[r][v]);
         }
       };
       if (streams_)
