@@ -1,22 +1,23 @@
-// Shift, C++, vectorized: whole planes, or runs of channels that move together.
+// Shift, C++, vectorized: whole planes, or vectors of channels put together.
 //
 // Formula: shift2d.h. Contiguous, one step moves what stays of a plane as one block, and then zeroes the
 //   columns at the edge, into which the block has carried values of the next row. In channels_last, one step
-//   copies a run of neighbouring channels with the same offset from one pixel to another.
-// Bytes: each value is read once and written once.
+//   loads the same channels of each pixel that some of them come from, masks them, and stores one vector.
+// Bytes: each value is read once and written once; in channels_last a vector for each piece of it.
 // Before it: plain moves one value at a time, and asks for each whether it is inside.
-// Limits: where most runs are shorter than min_run values, channels_last moves single values.
+// Limits: memory, or the L2 cache; in channels_last loads, where many directions share a vector.
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <vector>
 
-#include "../common/simd.h"
+#include "../common/matrix_kernel.h"
 #include "shift2d.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t min_run = 4;
-constexpr int64_t tile_bytes = 16 << 10;  // of output, which stays in the first cache
+constexpr int64_t tile_bytes = 64 << 10;  // of output
 
 // The outputs [first, last) along an axis whose source is inside.
 struct Span {
@@ -24,6 +25,32 @@ struct Span {
 };
 inline Span inside(int64_t offset, int64_t size) {
   return {std::max<int64_t>(0, -offset), std::min(size, size - offset)};
+}
+
+template <int B>
+struct BytesOf {
+  typedef uint8_t type __attribute__((vector_size(B)));
+};
+template <int B>
+using Bytes = typename BytesOf<B>::type;
+
+inline void copy_vector(char* to, const char* from) {
+  Bytes<vector_bytes> value;
+  __builtin_memcpy(&value, from, vector_bytes);
+  __builtin_memcpy(to, &value, vector_bytes);
+}
+
+// memcpy, whose stores, but for the first and the last, cross no cache line.
+inline void copy_block(char* to, const char* from, int64_t bytes) {
+  constexpr int64_t V = vector_bytes;
+  if (bytes < V) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  copy_vector(to, from);
+  for (int64_t at = V - int64_t(reinterpret_cast<uintptr_t>(to) % V); at < bytes - V; at += V)
+    copy_vector(to + at, from + at);
+  copy_vector(to + bytes - V, from + bytes - V);
 }
 
 template <typename T>
@@ -35,116 +62,142 @@ void move_plane(const T* from, T* to, int64_t height, int64_t width, int64_t dh,
   }
   const int64_t begin = rows.first * width + columns.first, end = (rows.last - 1) * width + columns.last;
   std::memset(to, 0, rows.first * width * sizeof(T));
-  std::memcpy(to + begin, from + begin + dh * width + dw, (end - begin) * sizeof(T));
+  copy_block(reinterpret_cast<char*>(to + begin),
+             reinterpret_cast<const char*>(from + begin + dh * width + dw), (end - begin) * sizeof(T));
   std::memset(to + rows.last * width, 0, (height - rows.last) * width * sizeof(T));
   if (dw == 0) return;
   const int64_t edge = dw < 0 ? 0 : columns.last, count = dw < 0 ? -dw : dw;
-  for (int64_t row = rows.first; row < rows.last; ++row) std::fill_n(to + row * width + edge, count, T{});
+  for (int64_t column = edge; column < edge + count; ++column)
+    for (int64_t row = rows.first; row < rows.last; ++row) to[row * width + column] = T{};
 }
 
-template <int Size>
-inline void copy_ends(char* to, const char* from, int64_t bytes) {
-  char first[Size], last[Size];
-  __builtin_memcpy(first, from, Size);
-  __builtin_memcpy(last, from + bytes - Size, Size);
-  __builtin_memcpy(to, first, Size);
-  __builtin_memcpy(to + bytes - Size, last, Size);
-}
-
-// memcpy, without the call: runs are short. The last vector may overlap the one before.
-inline void copy_run(char* to, const char* from, int64_t bytes) {
-  constexpr int V = vector_bytes;
-  if (bytes >= V) {
-    typedef char Bytes __attribute__((vector_size(V)));
-    const auto step = [&](int64_t at) {
-      Bytes value;
-      __builtin_memcpy(&value, from + at, V);
-      __builtin_memcpy(to + at, &value, V);
-    };
-    for (int64_t at = 0; at + V < bytes; at += V) step(at);
-    step(bytes - V);
-  } else if (bytes >= 32) {
-    copy_ends<32>(to, from, bytes);
-  } else if (bytes >= 16) {
-    copy_ends<16>(to, from, bytes);
-  } else if (bytes >= 8) {
-    copy_ends<8>(to, from, bytes);
-  } else if (bytes >= 4) {
-    copy_ends<4>(to, from, bytes);
-  } else {
-    copy_ends<2>(to, from, bytes);
-  }
-}
-
-// Neighbouring channels that move together, and what that means for a pixel.
-struct Run {
-  int64_t first, length;  // channels
-  int64_t source;         // from an output to its source, in values
+// Of a vector's channels those that move together.
+template <int B>
+struct Piece {
+  Bytes<B> mask;
+  int64_t source;  // from an output to its source, in bytes
   Span rows, columns;
+
+  Bytes<B> load(const char* from) const {
+    Bytes<B> value;
+    __builtin_memcpy(&value, from + source, B);
+    return value & mask;
+  }
 };
 
-// The runs, into `runs` (at most one a channel); returns their number.
-int64_t find_runs(const int64_t* offsets, const Shift2dShape& s, Run* runs) {
-  int64_t count = 0;
-  for (int64_t channel = 0; channel < s.channels; ++channel) {
-    const int64_t* offset = offsets + 2 * channel;
-    if (channel > 0 && offset[0] == offset[-2] && offset[1] == offset[-1]) {
-      ++runs[count - 1].length;
-      continue;
+inline Span common(Span a, Span b) { return {std::max(a.first, b.first), std::min(a.last, b.last)}; }
+inline bool holds(Span span, int64_t k) { return k >= span.first && k < span.last; }
+
+// Neighbouring channels of a pixel, B bytes of them.
+template <int B>
+struct Lanes {
+  int64_t at;  // in a pixel, in bytes
+  std::vector<Piece<B>> pieces;
+  Span rows, columns;  // where all pieces read
+
+  Lanes only(int64_t row) const {  // the pieces that read this row
+    Lanes kept{at, {}, {row, row + 1}, {0, std::numeric_limits<int64_t>::max()}};
+    for (const Piece<B>& piece : pieces) {
+      if (!holds(piece.rows, row)) continue;
+      kept.pieces.push_back(piece);
+      kept.columns = common(kept.columns, piece.columns);
     }
-    const int64_t dh = limited(offset[0], s.height), dw = limited(offset[1], s.width);
-    runs[count++] = {channel, 1, (dh * s.width + dw) * s.channels, inside(dh, s.height), inside(dw, s.width)};
+    return kept;
   }
-  return count;
-}
+};
 
-// Pixels [first, last) of a row, run by run.
-template <typename T>
-void move_runs(const T* from, T* to, const Shift2dShape& s, const Run* runs, int64_t count, int64_t row,
-               int64_t first, int64_t last) {
-  for (const Run* run = runs; run < runs + count; ++run) {
-    const int64_t bytes = run->length * sizeof(T);
-    const bool reads = row >= run->rows.first && row < run->rows.last;
-    const int64_t begin = reads ? std::clamp(run->columns.first, first, last) : last;
-    const int64_t end = reads ? std::clamp(run->columns.last, begin, last) : last;
-    const int64_t at = run->first;
-    for (int64_t w = first; w < begin; ++w) std::memset(to + w * s.channels + at, 0, bytes);
-    for (int64_t w = begin; w < end; ++w)
-      copy_run(reinterpret_cast<char*>(to + w * s.channels + at),
-               reinterpret_cast<const char*>(from + w * s.channels + at + run->source), bytes);
-    for (int64_t w = end; w < last; ++w) std::memset(to + w * s.channels + at, 0, bytes);
-  }
-}
-
-// The same where runs are short: pixel by pixel, value by value.
-template <typename T>
-void move_values(const T* from, T* to, const Shift2dShape& s, const Run* runs, int64_t count, int64_t row,
-                 int64_t first, int64_t last) {
-  for (int64_t w = first; w < last; ++w)
-    for (const Run* run = runs; run < runs + count; ++run) {
-      const bool reads =
-          row >= run->rows.first && row < run->rows.last && w >= run->columns.first && w < run->columns.last;
-      const int64_t at = w * s.channels + run->first;
-      for (int64_t i = 0; i < run->length; ++i) to[at + i] = reads ? from[at + i + run->source] : T{};
+// A pixel's channels as vectors; the last may overlap the one before.
+template <typename T, int B>
+std::vector<Lanes<B>> find_lanes(const int64_t* offsets, const Shift2dShape& s) {
+  constexpr int64_t count = B / sizeof(T);
+  std::vector<Lanes<B>> found((s.channels + count - 1) / count);
+  for (size_t v = 0; v < found.size(); ++v) {
+    const int64_t first = std::min(int64_t(v) * count, s.channels - count);
+    Lanes<B>& lanes = found[v];
+    lanes = {first * int64_t(sizeof(T)), {}, {0, s.height}, {0, s.width}};
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t* offset = offsets + 2 * (first + lane);
+      const int64_t dh = limited(offset[0], s.height), dw = limited(offset[1], s.width);
+      const Span rows = inside(dh, s.height), columns = inside(dw, s.width);
+      const int64_t source = (dh * s.width + dw) * s.channels * int64_t(sizeof(T));
+      const auto same = [&](const Piece<B>& p) {
+        return p.source == source && p.columns.first == columns.first && p.columns.last == columns.last;
+      };
+      auto piece = std::find_if(lanes.pieces.begin(), lanes.pieces.end(), same);
+      if (piece == lanes.pieces.end())
+        piece = lanes.pieces.insert(piece, {Bytes<B>{}, source, rows, columns});
+      for (size_t k = 0; k < sizeof(T); ++k) piece->mask[lane * sizeof(T) + k] = 0xff;
+      lanes.rows = common(lanes.rows, rows), lanes.columns = common(lanes.columns, columns);
     }
+  }
+  return found;
 }
 
-template <typename T>
+// Pixels [first, last) of a row, which lie `step` bytes apart; all pieces read the row.
+template <int B>
+void move_lanes(const Lanes<B>& lanes, const char* from, char* to, int64_t step, int64_t first,
+                int64_t last) {
+  const Piece<B>* pieces = lanes.pieces.data();
+  const int64_t count = int64_t(lanes.pieces.size());
+  from += lanes.at, to += lanes.at;
+  const auto move = [&](int64_t begin, int64_t end, const auto& value_at) {
+    for (int64_t w = begin; w < end; ++w) {
+      const Bytes<B> value = value_at(w);
+      __builtin_memcpy(to + w * step, &value, B);
+    }
+  };
+  const auto edge = [&](int64_t w) {
+    Bytes<B> value{};
+    for (int64_t k = 0; k < count; ++k)
+      if (holds(pieces[k].columns, w)) value |= pieces[k].load(from + w * step);
+    return value;
+  };
+  const int64_t begin = std::clamp(lanes.columns.first, first, last);
+  const int64_t end = count > 4 ? begin : std::clamp(lanes.columns.last, begin, last);
+  move(first, begin, edge);
+  with_constant<0, 4>(std::min<int64_t>(count, 4), [&](auto some) {
+    Piece<B> own[some + 1];  // in registers
+    for (int k = 0; k < some; ++k) own[k] = pieces[k];
+    move(begin, end, [&](int64_t w) {
+      Bytes<B> value{};
+#pragma GCC unroll 4
+      for (int k = 0; k < some; ++k) value |= own[k].load(from + w * step);
+      return value;
+    });
+  });
+  move(end, last, edge);
+}
+
+template <typename T, int B>
 void move_pixels(const T* input, const int64_t* offsets, T* output, const Shift2dShape& s,
                  ParallelFor threads) {
-  const Scratch<Run> scratch(s.channels);
-  const Run* runs = scratch.data();
-  const int64_t count = find_runs(offsets, s, scratch.data());
-  const auto move = s.channels >= count * min_run ? move_runs<T> : move_values<T>;
-  const int64_t tile = std::max<int64_t>(1, tile_bytes / (s.channels * int64_t(sizeof(T))));
+  const std::vector<Lanes<B>> vectors = find_lanes<T, B>(offsets, s);
+  const int64_t step = s.channels * int64_t(sizeof(T)), tile = std::max<int64_t>(1, tile_bytes / step);
   parallel_for(threads, s.batch * s.height, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t start = index * s.width * s.channels;
+      const int64_t row = index % s.height;
+      const char* from = reinterpret_cast<const char*>(input) + index * s.width * step;
+      char* to = reinterpret_cast<char*>(output) + index * s.width * step;
       for (int64_t first = 0; first < s.width; first += tile)
-        move(input + start, output + start, s, runs, count, index % s.height, first,
-             std::min(first + tile, s.width));
+        for (const Lanes<B>& lanes : vectors) {
+          const int64_t last = std::min(first + tile, s.width);
+          if (holds(lanes.rows, row))
+            move_lanes(lanes, from, to, step, first, last);
+          else
+            move_lanes(lanes.only(row), from, to, step, first, last);
+        }
     }
   });
+}
+
+// With the widest vectors that a pixel fills.
+template <typename T, int B>
+void choose_vectors(const T* input, const int64_t* offsets, T* output, const Shift2dShape& s,
+                    ParallelFor threads) {
+  if constexpr (B > int(sizeof(T)))
+    if (s.channels * int64_t(sizeof(T)) < B)
+      return choose_vectors<T, B / 2>(input, offsets, output, s, threads);
+  move_pixels<T, B>(input, offsets, output, s, threads);
 }
 
 }  // namespace
@@ -152,7 +205,7 @@ void move_pixels(const T* input, const int64_t* offsets, T* output, const Shift2
 template <typename T>
 void shift2d_vectorized_forward_cpu(const T* input, const int64_t* offsets, T* output, const Shift2dShape& s,
                                     ParallelFor threads) {
-  if (s.channels_last) return move_pixels(input, offsets, output, s, threads);
+  if (s.channels_last) return choose_vectors<T, vector_bytes>(input, offsets, output, s, threads);
   parallel_for(threads, s.batch * s.channels, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t* offset = offsets + plane % s.channels * 2;
