@@ -13,9 +13,7 @@ from .harness import Benchmark
 
 @functools.cache
 def offsets(channels, kernel):
-    """As ShiftNet has it: a run of neighbouring channels for each place in a kernel."""
-    place = torch.arange(channels) * kernel**2 // channels
-    return torch.stack([place // kernel, place % kernel], 1) - kernel // 2
+    return fastconv.nn.Shift2d(channels, kernel).offsets
 
 
 @functools.cache

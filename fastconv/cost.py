@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .nn.shift2d import Shift2d
+
 Pair = tuple[int, int]
 
 
@@ -381,6 +383,10 @@ class _Recorder(torch.overrides.TorchFunctionMode):
         )
 
 
+def _extent(offsets: torch.Tensor) -> int:
+    return int(offsets.max() - offsets.min()) + 1
+
+
 def _grow(module: Any, field: _Field, input_shape: Sequence[int], output_shape: Sequence[int]) -> _Field:
     """The field of a layer's output, from that of its input."""
     if isinstance(module, nn.Linear) and len(input_shape) < 4:
@@ -396,6 +402,9 @@ def _grow(module: Any, field: _Field, input_shape: Sequence[int], output_shape: 
         field = field.window(reach, (1, 1), size)
         finer = (max(1, step // s) for step, s in zip(field.step, module.stride))
         return _Field(field.extent, tuple(finer), size)
+    if isinstance(module, Shift2d):
+        rows, columns = module.offsets.unbind(1)
+        return field.window((_extent(rows), _extent(columns)), (1, 1), size)
     if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
         kernel, dilation, stride = _geometry(module)
         return field.window(tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation)), stride, size)

@@ -65,7 +65,7 @@ def shift2d(
     arXiv:1711.08141.
     """
     check_tensor("input", input, rank=4)
-    offsets = _as_tensor(offsets)
+    offsets = as_offsets(offsets)
     _check_offsets(input, offsets)
     backend = choose(backend, algorithm, input, offsets)
     if backend == "reference":
@@ -73,7 +73,7 @@ def shift2d(
     return operator(backend, input, offsets, algorithm)
 
 
-def _as_tensor(offsets: object) -> torch.Tensor:
+def as_offsets(offsets: object) -> torch.Tensor:
     """Offsets as int64 on the CPU."""
     if isinstance(offsets, torch.Tensor):
         if offsets.is_floating_point() or offsets.is_complex() or offsets.dtype == torch.bool:
