@@ -383,10 +383,6 @@ class _Recorder(torch.overrides.TorchFunctionMode):
         )
 
 
-def _extent(offsets: torch.Tensor) -> int:
-    return int(offsets.max() - offsets.min()) + 1
-
-
 def _grow(module: Any, field: _Field, input_shape: Sequence[int], output_shape: Sequence[int]) -> _Field:
     """The field of a layer's output, from that of its input."""
     if isinstance(module, nn.Linear) and len(input_shape) < 4:
@@ -403,8 +399,7 @@ def _grow(module: Any, field: _Field, input_shape: Sequence[int], output_shape: 
         finer = (max(1, step // s) for step, s in zip(field.step, module.stride))
         return _Field(field.extent, tuple(finer), size)
     if isinstance(module, Shift2d):
-        rows, columns = module.offsets.unbind(1)
-        return field.window((_extent(rows), _extent(columns)), (1, 1), size)
+        return field.window(module.extent, (1, 1), size)
     if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
         kernel, dilation, stride = _geometry(module)
         return field.window(tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation)), stride, size)

@@ -59,6 +59,10 @@ class Shift2d(nn.Module):
                 f"got {tuple(self.offsets.shape)}"
             )
 
+        rows, columns = zip(*self.offsets.tolist())
+        # The rows and columns that an output's channels come from, all together.
+        self.extent = max(rows) - min(rows) + 1, max(columns) - min(columns) + 1
+
     def _of_window(self) -> torch.Tensor:
         (height, width), (dh, dw) = self.kernel_size, self.dilation
         if height % 2 == 0 or width % 2 == 0:
