@@ -306,7 +306,8 @@ def _roofline(result: dict) -> Any:
         ylabel="GFLOP/s",
         title=f"{result['op']}, {result['dtype']}, {result['device']}",
     )
-    axes.legend(fontsize=8)
+    if intensities:  # a shuffle multiplies nothing
+        axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure
 
@@ -328,11 +329,14 @@ def _bars(result: dict) -> Any:
         axes.barh(positions, widths, height=0.38, color=color, label=direction)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks([i + 0.2 for i in range(len(labels))], labels=list(labels), fontsize=8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set(
         xscale="log",
         xlabel="times as fast as PyTorch, each in its best layout",
         title=f"{result['op']}, {result['dtype']}, {result['device']}",
     )
+    for each in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        each("{x:g}")
     axes.legend(fontsize=8)
     return figure

@@ -139,6 +139,15 @@ LARGE = [
     Case((1, 66, 17, 18), 34, padding=1, stride=2, groups=2),
     Case((1, 300, 5, 6), 20, (3, 2), padding=1),
 ]
+# Too large for the caches, with what can be done to a sum before it is stored; one of no whole vectors.
+HUGE = [
+    Case((1, 32, 183, 181), 32, padding=1),
+    Case((2, 24, 134, 131), 32, (1, 1), activation="relu", residual=True),
+    Case((1, 32, 181, 183), 32, padding=1, activation="relu", residual=True),
+    Case((1, 32, 182, 182), 32, padding=1, groups=8, activation="gelu", residual=True),
+    Case((1, 3, 259, 263), 64, (5, 5), stride=2, padding=2, bias=False),
+    Case((1, 8, 165, 163), 40, padding=1, activation="silu"),
+]
 MIXED = [  # of each kind one, for the tests of everything but the geometry
     Case((2, 6, 9, 7), 4, (3, 2), stride=(2, 1), padding=(1, 2), groups=2, residual=True),
     Case((2, 5, 7, 8), 6, padding=1, residual=True),
@@ -214,6 +223,11 @@ def test_edges_of_blocks(case, layout, run):
 @each(compiled, case=(LARGE, []), layout=(DENSE, []))
 def test_several_blocks(case, layout, run):
     check(run, case, cached_problem(case, dtype_for(run), layout, grad_output=layout))
+
+
+@each([run for run in compiled if run.algorithm != "plain"], case=(HUGE, []), layout=(["channels_last"], []))
+def test_beyond_the_caches(case, layout, run):
+    check(run, case, cached_problem(case, dtype_for(run), layout, grad_output=layout, residual=layout))
 
 
 @each(runs(OP), case=(MIXED, SMALL), dtype=(DTYPES, DTYPES), layout=(DENSE, DENSE))

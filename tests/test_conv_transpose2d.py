@@ -101,6 +101,10 @@ LARGE = [
     Case((1, 64, 20, 19), 64, padding=1, groups=16),
     Case((1, 300, 5, 6), 20, (3, 2), padding=1, dilation=2),
 ]
+HUGE = [  # too large for the caches
+    Case((1, 32, 92, 91), 32, (4, 4), stride=2, padding=1),
+    Case((1, 32, 183, 181), 32, padding=1, bias=False),
+]
 MIXED = [  # of each kind one, for the tests of everything but the geometry
     Case((2, 6, 5, 4), 4, (3, 2), (2, 1), (1, 0), (1, 2), groups=2, output_padding=(1, 0)),
     Case((2, 5, 4, 6), 6, padding=1),
@@ -176,6 +180,15 @@ def test_edges_of_blocks(case, layout, run):
 
 @each([run for run in runs(OP) if not run.stands_in], case=(LARGE, []), layout=(DENSE, []))
 def test_several_blocks(case, layout, run):
+    check(run, case, cached_problem(case, dtype_for(run), layout, grad_output=layout))
+
+
+@each(
+    [run for run in runs(OP) if not run.stands_in and run.algorithm != "plain"],
+    case=(HUGE, []),
+    layout=(["channels_last"], []),
+)
+def test_beyond_the_caches(case, layout, run):
     check(run, case, cached_problem(case, dtype_for(run), layout, grad_output=layout))
 
 

@@ -265,6 +265,8 @@ HUGE = [
     Case((1, 32, 366, 363), stride=2, padding=1),
     Case((1, 32, 363, 366), padding=1, bias=False),
     Case((1, 40, 330, 330), padding=1, bias=False),
+    Case((1, 32, 184, 181), padding=1, activation="silu"),
+    Case((1, 16, 129, 131), padding=1, multiplier=4),
     Case((2, 70, 100, 11), stride=2, padding=1),
     Case((1, 50, 5, 5), (31, 31), padding=15),
 ]
@@ -285,10 +287,14 @@ def test_several_tiles(case, layout, run):
     check(run, case, cached_problem(case, torch.float32, layout, grad_output=layout))
 
 
-@for_runs(runs(OP), dtype=(DTYPES, DTYPES), layout=(DENSE, DENSE), case=(DTYPE_CASES, [SMALL]))
+@for_runs(
+    runs(OP),
+    dtype=(DTYPES, DTYPES),
+    layout=(DENSE, DENSE),
+    case=(DTYPE_CASES, [SMALL]),
+    where=lambda run, dtype, **_: run.serves(dtype),  # test_backends.py holds which
+)
 def test_dtypes(case, layout, run, dtype):
-    if not run.serves(dtype):  # test_backends.py holds which
-        return
     check(run, case, cached_problem(case, dtype, layout, grad_output=layout))
 
 

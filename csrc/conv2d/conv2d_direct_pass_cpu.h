@@ -61,6 +61,10 @@ class Direct {
                   pass.from_group % values_in<E> == 0),
         pixel_stride_(in_place_ ? input_.channels / values_in<E> : from_),
         columns_(columns_read()) {
+    const Geometry& g = pass.geometry;
+    streams_ = pass.shape.channels_last && is_floor(epilogue.activation) &&
+               stores_past_caches(output, pass.shape.batch * g.out_height * g.out_width * output_.channels,
+                                  pass.to_group);
     const int64_t chunk_pixels = from_ < few_channels ? 2 * most_pixels : most_pixels;
     int64_t parts = 0;
     for (const Phase& phase : pass.geometry.phases) {
@@ -93,6 +97,7 @@ class Direct {
       with_constant<1, most_vectors>(panels_.vectors(panel),
                                      [&](auto vectors) { compute_panel<vectors>(worker, panel); });
     }
+    if (streams_) stream_fence();
   }
 
  private:
@@ -214,7 +219,7 @@ class Direct {
         const bool last = i_end == phase.taps_high;
         const int64_t at = pixels.output[0] + R * output_step + first;
         Ahead ahead{pass_.shape.channels_last ? nullptr : &worker.next,
-                    output_.data + at,
+                    streams_ ? nullptr : output_.data + at,
                     epilogue_.residual ? epilogue_.residual + at : nullptr,
                     output_step,
                     in_place_ && panel == 0 ? R * pass_.geometry.stride_width * pixel_stride_ : 0,
@@ -265,7 +270,7 @@ class Direct {
   // at each cache line of its channels.
   struct Ahead {
     PrefetchRuns* runs;          // of the chunk, or null:
-    const T *output, *residual;  // of the next block; the residual may be null
+    const T *output, *residual;  // of the next block, or null where they are not asked for
     int64_t output_step;         // between its pixels
     int64_t input;               // distance of what it reads, or 0 where that has been read
     int64_t asks, asked = 0, vector = 0;
@@ -277,7 +282,7 @@ class Direct {
       for (; vector * asks < asked * V; ++vector) {
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
-          prefetch_for_write(output + r * output_step + vector * L);
+          if (output) prefetch_for_write(output + r * output_step + vector * L);
           if (residual) __builtin_prefetch(residual + r * output_step + vector * L);
         }
       }
@@ -389,14 +394,19 @@ class Direct {
             sum[r][v] += load_vector(epilogue_.residual + pixels.output[r] + first + v * L);
         }
       }
+      const auto store_all = [&](auto store_one) {
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        if (r >= count) return true;
+        for (int r = 0; r < R; ++r) {
+          if (r >= count) return;
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v)
-          store_vector(output_.data + pixels.output[r] + first + v * L,
-                       sum[r][v] < least ? least : sum[r][v]);
-      }
+          for (int v = 0; v < V; ++v)
+            store_one(output_.data + pixels.output[r] + first + v * L, sum[r][v] < least ? least : sum[r][v]);
+        }
+      };
+      if (streams_)
+        store_all([](A* target, Vector<A> value) { stream_vector(target, value); });
+      else
+        store_all([](A* target, Vector<A> value) { store_vector(target, value); });
       return true;
     }
     return false;
@@ -432,6 +442,7 @@ class Direct {
   bool in_place_;
   int64_t pixel_stride_;  // between two pixels of what is read
   Range columns_;         // of the image that are read
+  bool streams_;          // store past the caches
   int64_t longest_run_ = 1, chunk_pixels_ = 0, most_rows_read_ = 0;
   std::vector<Chunk> chunks_;
 };

@@ -62,11 +62,9 @@ class GroupedConvolution {
     const Geometry& g = geometry_;
     writes_in_place_ = std::is_same_v<T, A> && channels_last && channels.fills_vectors();
     reads_in_place_ = writes_in_place_ && channels.reads_in_place();
-    // An output that fills a large share of the L3 cache would not be there when it is read next, and reading
-    // its lines before they are written would only cost time.
-    const int64_t output_bytes = batch * output_.channels * g.out_height * g.out_width * int64_t(sizeof(A));
-    streams_ = writes_in_place_ && output_bytes > (16 << 20) &&
-               reinterpret_cast<uintptr_t>(output) % vector_bytes == 0;
+    streams_ =
+        writes_in_place_ &&
+        stores_past_caches(output, batch * g.out_height * g.out_width * output_.channels, output_.channels);
     columns_ = phase_columns(g, g.phases[0]);  // no phase has more
     pixels_ = pixels_at_once(columns_);
     for (const Phase& phase : g.phases)

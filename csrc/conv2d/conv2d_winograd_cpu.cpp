@@ -85,7 +85,10 @@ class WinogradConvolution {
               block_tiles<M, A>(pass.from_group)},
         output_{output, pass.groups * pass.to_group, pass.out_height, pass.out_width, pass.channels_last},
         reader_({input, pass.groups * pass.from_group, pass.in_height, pass.in_width, pass.channels_last},
-                grid_, M, pass.top, pass.left) {}
+                grid_, M, pass.top, pass.left),
+        streams_(pass.channels_last &&
+                 stores_past_caches(output, pass.batch * pass.out_height * pass.out_width * output_.channels,
+                                    pass.to_group)) {}
 
   int64_t items() const { return grid_.blocks() * pass_.groups * panels_.count(); }
 
@@ -125,6 +128,7 @@ class WinogradConvolution {
       store_block(block, item.group * pass_.to_group + first, std::min(line, pass_.to_group - first), to,
                   strip.data());
     }
+    if (streams_) stream_fence();
   }
 
  private:
@@ -217,8 +221,11 @@ class WinogradConvolution {
             contract_square<OutputMatrix<M>, A>(sum_at, [&](int i, int k, Vector<A> value) {
               value += start;
               P* pixel = target + i * pixels.row_stride + k * pixels.pixel_stride;
+              value = value < least ? least : value;
+              if constexpr (std::is_same_v<P, A>)
+                if (streams_) return stream_vector(pixel, value);
               prefetch_for_write(pixel + M * pixels.pixel_stride);  // of the next tile
-              store_vector(pixel, value < least ? least : value);
+              store_vector(pixel, value);
             });
             continue;
           }
@@ -242,7 +249,10 @@ class WinogradConvolution {
     if (lanes == L) {
       Vector<A> value = load_vector(sums);
       if (added) value += load_vector(added);
-      return store_vector(pixel, activate_vector<A>(value, epilogue_.activation));
+      value = activate_vector<A>(value, epilogue_.activation);
+      if constexpr (std::is_same_v<P, A>)
+        if (streams_) return stream_vector(pixel, value);
+      return store_vector(pixel, value);
     }
     for (int64_t lane = 0; lane < lanes; ++lane)
       store(pixel + lane,
@@ -256,6 +266,7 @@ class WinogradConvolution {
   TileGrid grid_;
   Image<T> output_;  // the first of the batch
   TileExpander<InputMatrix<M>, T> reader_;
+  bool streams_;  // store past the caches
 };
 
 }  // namespace

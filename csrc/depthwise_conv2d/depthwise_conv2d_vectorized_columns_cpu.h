@@ -155,7 +155,8 @@ inline __attribute__((always_inline)) void compute_outputs(const Strip<A>& strip
     for (int p = 0; p < P; ++p) {
       A* target = output + q * row.output_row_stride + p * row.output_pixel_stride;
       if (strip.accumulate) total[q][p] += load_vector(target);
-      store_vector(target, activate_vector<A>(total[q][p], strip.activation));
+      const Vector<A> value = activate_vector<A>(total[q][p], strip.activation);
+      strip.streams ? stream_vector(target, value) : store_vector(target, value);
     }
 }
 

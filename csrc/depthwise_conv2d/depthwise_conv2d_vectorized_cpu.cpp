@@ -91,12 +91,8 @@ Convolution<T>::Convolution(const T* input, int64_t in_channels, T* output, int6
   // In place, blocks whose packed taps fit the cache take turns; else a block is done by itself.
   const int64_t cached = (192 << 10) / (std::max(packed_, L) * int64_t(sizeof(A)));
   group_ = in_place_ ? std::clamp<int64_t>(cached, 1, blocks_) : 1;
-  // An output that fills a large share of the L3 cache would not be there when it is read next, and reading
-  // its lines before they are written would only cost time.
-  const int64_t output_bytes = batch * out_channels * g.out_height * g.out_width * int64_t(sizeof(A));
-  streams_ = in_place_ && std::is_same_v<A, float> && activation == Activation::none &&
-             output_bytes > (16 << 20) && out_channels % L == 0 &&
-             reinterpret_cast<uintptr_t>(output) % vector_bytes == 0;
+  streams_ = in_place_ &&
+             stores_past_caches(output, batch * out_channels * g.out_height * g.out_width, out_channels);
   columns_ = phase_columns(g, g.phases[0]);  // no phase has more
   pixels_ = pixels_at_once(columns_);
   for (const Phase& phase : g.phases)

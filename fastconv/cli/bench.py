@@ -24,7 +24,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("op", nargs="?", help="the operator (default: all that have a benchmark)")
     add(
-        "--shapes", nargs="+", metavar="NET", help='networks, or layers: "landmarks/144@56 k3" (default: all)'
+        "--shapes",
+        nargs="+",
+        metavar="NET",
+        help='networks, layers ("landmarks/144@56 k3") or all (default: all; with --quick, landmarks)',
     )
     add("--backends", nargs="+", metavar="NAME", help="only these, such as cpu, emulator, reference")
     passes = ("forward", "backward")
@@ -37,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, default=3.0, help="longest time for a layer's pass, after three rounds (3)")
     add("--within", type=float, metavar="SECONDS", help="stop after this long, with what is measured by then")
     add("--peers", nargs="+", choices=("torch", "torch.compile"), default=("torch",), help="compare with")
-    add("--quick", action="store_true", help="the landmark layers, PyTorch and the library's own choice only")
+    add("--quick", action="store_true", help="PyTorch and the library's own choice only")
     add("--json", type=Path, metavar="FILE", help="write the raw results to this file (one operator)")
     add("--save", action="store_true", help="write the raw results to benchmarks/results/<device>/")
     add("--device-name", help="the folder's name there (default: made from the processor's)")
@@ -128,13 +131,13 @@ def _operators(harness: ModuleType, args: argparse.Namespace) -> tuple[str, ...]
 
 def _problems(harness: ModuleType, op: str, args: argparse.Namespace):
     benchmark = harness.load(op)
-    shapes = args.shapes or (["landmarks"] if args.quick else None)
+    shapes = args.shapes or (["landmarks"] if args.quick else ["all"])
     contenders = harness.contenders(
         op, args.device, backends_wanted=args.backends, peers=args.peers, quick=args.quick
     )
     return [
         harness.Problem(benchmark, layer, direction, getattr(torch, args.dtype), args.device)
-        for layer in harness.layers(op, shapes, args.batch)
+        for layer in harness.layers(op, None if shapes == ["all"] else shapes, args.batch)
         for direction in args.passes
     ], contenders
 

@@ -33,6 +33,21 @@ def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
     return functional.silu(x)
 
 
+def add_and_activate(
+    output: torch.Tensor, residual: torch.Tensor | None, activation: str | None
+) -> torch.Tensor:
+    """``activate(output + residual)``, where it can in the memory of ``output``, which nobody else has."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return activate(output if residual is None else output + residual, activation)
+    if residual is not None:
+        output.add_(residual)
+    if activation == "relu":
+        return torch.relu_(output)
+    if activation == "relu6":
+        return torch.nn.functional.relu6(output, inplace=True)
+    return activate(output, activation)
+
+
 def activation_backward(grad: torch.Tensor, x: torch.Tensor, activation: str | None) -> torch.Tensor:
     """Gradient with respect to the sum ``x``; for ``FROM_OUTPUT``, ``x`` may be the output instead."""
     aten = torch.ops.aten

@@ -76,13 +76,15 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups, fus
     if taps > 1:
         wins = source * taps >= 64
     elif channels_last:
-        wins = source >= 1024 or plane <= 100 or (fused and min(source, target) >= 64)
+        wins = source >= 1024 or plane <= 100
+        if weight.dtype == torch.float32 and min(source, target) >= 64:
+            wins = wins or fused or source >= 256 or plane <= 196
         if training:
             wins = plane <= 100 and min(source, target) >= 512
     else:
         wins = plane >= (3136 if training else 784)
     if channels_last:
-        wins = wins and target >= 16
+        wins = wins and target >= 16 and (source >= 16 or weight.dtype != torch.bfloat16)
     else:
         wins = wins and weight.dtype != torch.bfloat16
     if training and algorithm == "direct" and taps > 1:

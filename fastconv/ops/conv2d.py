@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _plans
-from ._activation import FROM_OUTPUT, activate, activation_backward, check_activation
+from ._activation import FROM_OUTPUT, activate, activation_backward, add_and_activate, check_activation
 from ._arguments import check_tensor, integer, output_size, padding_sides, pair
 from ._conv2d_choice import choose, default_algorithm
 from ._convolution import (
@@ -199,7 +199,7 @@ def _aten(input, weight, bias, residual, stride, padding, dilation, groups, acti
         if memory_format == torch.contiguous_format:  # or the output would be laid out as the weight
             weight = weight.contiguous()
         output = torch.nn.functional.conv2d(input, weight, bias, stride, (top, left), dilation, groups)
-    return activate(output if residual is None else output + residual, activation)
+    return add_and_activate(output, residual, activation)
 
 
 def _unfold(input, weight, bias, stride, padding, dilation, groups):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..backends import Choice
-from ._activation import FROM_OUTPUT, activate, activation_backward, check_activation
+from ._activation import FROM_OUTPUT, activate, activation_backward, add_and_activate, check_activation
 from ._arguments import check_integers, check_tensor, output_size, padding_sides, pair
 from ._convolution import check_grad_output, double_backward, new_gradients, unfold_gradients
 from ._operator import (
@@ -148,7 +148,7 @@ def _aten(input, weight, bias, stride, padding, dilation, activation):
     output = torch.nn.functional.conv2d(
         input, weight, bias, stride, (top, left), dilation, groups=input.shape[1]
     )
-    return activate(output, activation)
+    return add_and_activate(output, None, activation)
 
 
 def _why_not(backend, algorithm, input, *_) -> str | None:
