@@ -399,3 +399,11 @@ def test_huge_strides_cost_nothing():
     assert input.grad.shape == input.shape
     with pytest.raises(BackendError, match="at most 4096, got stride"):
         conv2d(input, torch.randn(3, 2, 3, 3), stride=65, backend="cpu", algorithm="direct")
+
+
+@pytest.mark.skipif("triton" in ELSEWHERE, reason="of Triton's kernels")
+@pytest.mark.parametrize("algorithm", [None, "implicit_gemm"])
+def test_triton_takes_no_stride_of_endless_phases(algorithm):
+    input = torch.randn(1, 2, 5, 5, device=DEVICE)
+    with pytest.raises(BackendError, match=f"at most 4096, got stride=.{2**31 - 1}, "):
+        conv2d(input, input.new_ones(3, 2, 3, 3), stride=2**31 - 1, backend="triton", algorithm=algorithm)

@@ -130,9 +130,11 @@ def why_not(
     if algorithm == "im2col" and memory_format_of(input) != torch.contiguous_format:
         return "algorithm='im2col' needs a contiguous input, got a channels_last one"
     phases = stride[0] * stride[1]
-    if phases > MOST_PHASES and backend == "cpu" and algorithm in ("direct", "im2col", "grouped"):
+    by_phase = {"cpu": ("direct", "im2col", "grouped"), "triton": ("implicit_gemm", None)}
+    if phases > MOST_PHASES and algorithm in by_phase.get(backend, ()):
+        which = f"algorithm={algorithm!r}" if algorithm else f"backend={backend!r}"
         return (
-            f"algorithm={algorithm!r} splits the input's gradient into stride[0] * stride[1] phases, "
+            f"{which} splits the input's gradient into stride[0] * stride[1] phases, "
             f"at most {MOST_PHASES}, got stride={tuple(stride)}"
         )
     winograd = algorithm is not None and algorithm.startswith("winograd")
