@@ -139,15 +139,15 @@ def layers(op: str, names: Iterable[str] | None = None, batch: int = 4) -> list[
 
     Args:
         op: the operator's stem.
-        names: networks (``"mobilenet_v1"``) or layers (``"landmarks/144@56 k3"``); None: all but ``gpu``.
-            Layers of other operators are left out.
+        names: networks (``"mobilenet_v1"``), layers (``"landmarks/144@56 k3"``), or ``"all"``, which is what
+            None means: all networks but ``gpu``. Layers of other operators are left out.
         batch: images, where the shape file does not say.
 
     Raises:
         ValueError: there is no such network, or no operator's layer of that name.
     """
     found = []
-    for name in names or [name for name in networks() if name != "gpu"]:
+    for name in _expanded(names or ["all"]):
         network, _, wanted = name.partition("/")
         if network not in networks():
             raise ValueError(f"shapes must be among {networks()}, got {network!r}")
@@ -157,6 +157,12 @@ def layers(op: str, names: Iterable[str] | None = None, batch: int = 4) -> list[
             raise ValueError(f"{network} has {known[op]} for {op}, got {wanted!r}")
         found += [_layer(network, batch, **row) for row in file.get(op, []) if wanted in ("", row["name"])]
     return found
+
+
+def _expanded(names: Iterable[str]) -> dict[str, None]:
+    """Names in their order, each once, and the networks that "all" stands for."""
+    every = [name for name in networks() if name != "gpu"]
+    return dict.fromkeys(each for name in names for each in (every if name == "all" else [name]))
 
 
 def _layer(network: str, default_batch: int, name: str, batch: int | None = None, **sizes: int) -> Layer:

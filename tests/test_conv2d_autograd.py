@@ -12,6 +12,10 @@ from cases import DEVICE, LAYOUTS, for_runs, runs
 from convolutions import Convolution, Transposed
 from tolerances import assert_close
 from torch.func import grad, vmap
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastconv.ops import conv2d, conv_transpose2d
@@ -346,3 +350,57 @@ def test_a_transposed_convolution_whose_pixels_no_input_reaches():
     output = conv_transpose2d.conv_transpose2d(input, weight, backend=DEVICE, **arguments)
     assert output.shape == (1, 1, 2, 2) and not output.any()
     assert not any(g.any() for g in torch.autograd.grad(output.sum(), (input, weight)))
+
+
+# What PyTorch's own convolution returns is finished in place only where nobody else looks at it.
+
+ATEN = {"stride": 1, "padding": 1, "backend": "aten"}
+
+
+def small():
+    generator = torch.Generator().manual_seed(1)
+    shapes = (2, 3, 4, 5), (3, 3, 3, 3), (2, 3, 4, 5)
+    input, weight, residual = (torch.randn(s, generator=generator).to(DEVICE) for s in shapes)
+    return input, weight, residual, torch.nn.functional.conv2d(input, weight, padding=1)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+def test_residual_of_another_type(activation):
+    input, weight, residual, sums = small()
+    both_of_it = TwoTensor(residual, 2 * residual)
+    output = conv2d.conv2d(input, weight, **ATEN, residual=both_of_it, activation=activation)
+    act = getattr(torch.nn.functional, activation) if activation else lambda x: x
+    torch.testing.assert_close(output.a, act(sums + residual))
+    torch.testing.assert_close(output.b, act(sums + 2 * residual))
+
+
+def test_selective_checkpoint():
+    input, weight, residual, _ = small()
+    leaf = input.requires_grad_()
+    sums = torch.nn.functional.conv2d(leaf, weight, padding=1)
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+
+    def block(x):
+        return conv2d.conv2d(x, weight, **ATEN, residual=residual, activation="relu")
+
+    output = checkpoint(block, leaf, use_reentrant=False, context_fn=contexts)
+    (actual,) = torch.autograd.grad(output.sum(), leaf)
+    torch.testing.assert_close(actual, torch.autograd.grad((sums + residual).relu().sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("base", [TorchDispatchMode, TorchFunctionMode])
+def test_mode_that_keeps_results(base):
+    class Keeps(base):
+        def _run(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor):
+                kept.append((result, result.clone()))
+            return result
+
+        __torch_dispatch__ = __torch_function__ = _run
+
+    input, weight, residual, _ = small()
+    kept = []
+    with Keeps():
+        conv2d.conv2d(input, weight, **ATEN, residual=residual, activation="relu")
+    assert kept and all(torch.equal(result, copy) for result, copy in kept)

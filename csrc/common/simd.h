@@ -109,25 +109,24 @@ inline void prefetch_for_write(const void* address) {
 #endif
 }
 
-// Stores past the caches, at an aligned address; only a vector that is a whole cache line, for parts of lines
-// would travel one by one. stream_fence() ends a thread's streaming.
-inline void stream_vector(float* target, Vector<float> value) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(target, (__m512)value);
-#else
+// Stores past the caches, at an aligned address, a vector that is a whole cache line: parts of lines would
+// travel one by one. stream_fence() ends a thread's streaming.
+template <typename T, typename V>
+void stream_vector(T* target, V value) {
   store_vector(target, value);
-#endif
 }
-inline void stream_vector(double* target, Vector<double> value) { store_vector(target, value); }
+#if defined(__AVX512F__)
+inline void stream_vector(float* target, Vector<float> value) { _mm512_stream_ps(target, (__m512)value); }
+#endif
 
 // Whether so many values are stored past the caches: where reading their lines before they are overwritten
-// would cost more than the next reader gains from those that are still in the L3 cache. `pitch`: the values
-// between two rows of vectors.
+// would cost more than the next reader gains from those that are still in the L3 cache. Vectors start at
+// multiples of `step` values.
 template <typename T>
-bool stores_past_caches(const T* target, int64_t count, int64_t pitch) {
+bool stores_past_caches(const T* target, int64_t count, int64_t step) {
   constexpr int64_t cache_line = 64;
   return std::is_same_v<T, float> && vector_bytes == cache_line && count * int64_t(sizeof(T)) > (4 << 20) &&
-         pitch % lanes_of<float> == 0 && reinterpret_cast<uintptr_t>(target) % cache_line == 0;
+         step % lanes_of<float> == 0 && reinterpret_cast<uintptr_t>(target) % cache_line == 0;
 }
 
 inline void stream_fence() {

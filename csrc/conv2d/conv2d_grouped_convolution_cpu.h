@@ -242,8 +242,8 @@ class GroupedConvolution {
     const int64_t reach = (phase.taps_high - 1) * phase.dilation_height - phase.top;
     const int64_t top = (row - 1) * g.stride_height + 1 + reach;
     add(input_.next(image), top, top + 2 * g.stride_height, g.stride_width);
-    if (streams_) return;
-    add(output_.next(image), row * phase.row_step, (row + 2) * phase.row_step, phase.column_step);
+    if (!streams_)
+      add(output_.next(image), row * phase.row_step, (row + 2) * phase.row_step, phase.column_step);
     if (epilogue_.residual)
       add(residual_.next(image), row * phase.row_step, (row + 2) * phase.row_step, phase.column_step);
   }

@@ -222,8 +222,7 @@ class WinogradConvolution {
               value += start;
               P* pixel = target + i * pixels.row_stride + k * pixels.pixel_stride;
               value = value < least ? least : value;
-              if constexpr (std::is_same_v<P, A>)
-                if (streams_) return stream_vector(pixel, value);
+              if (streams_) return stream_vector(pixel, value);
               prefetch_for_write(pixel + M * pixels.pixel_stride);  // of the next tile
               store_vector(pixel, value);
             });
@@ -250,8 +249,7 @@ class WinogradConvolution {
       Vector<A> value = load_vector(sums);
       if (added) value += load_vector(added);
       value = activate_vector<A>(value, epilogue_.activation);
-      if constexpr (std::is_same_v<P, A>)
-        if (streams_) return stream_vector(pixel, value);
+      if (streams_) return stream_vector(pixel, value);
       return store_vector(pixel, value);
     }
     for (int64_t lane = 0; lane < lanes; ++lane)

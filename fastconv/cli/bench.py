@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         nargs="+",
         metavar="NET",
-        help='networks, layers ("landmarks/144@56 k3") or all (default: all; with --quick, landmarks)',
+        help='networks, layers ("landmarks/144@56 k3"), or all (default; with --quick, landmarks)',
     )
     add("--backends", nargs="+", metavar="NAME", help="only these, such as cpu, emulator, reference")
     passes = ("forward", "backward")
@@ -131,13 +131,13 @@ def _operators(harness: ModuleType, args: argparse.Namespace) -> tuple[str, ...]
 
 def _problems(harness: ModuleType, op: str, args: argparse.Namespace):
     benchmark = harness.load(op)
-    shapes = args.shapes or (["landmarks"] if args.quick else ["all"])
+    shapes = args.shapes or (["landmarks"] if args.quick else None)
     contenders = harness.contenders(
         op, args.device, backends_wanted=args.backends, peers=args.peers, quick=args.quick
     )
     return [
         harness.Problem(benchmark, layer, direction, getattr(torch, args.dtype), args.device)
-        for layer in harness.layers(op, None if shapes == ["all"] else shapes, args.batch)
+        for layer in harness.layers(op, shapes, args.batch)
         for direction in args.passes
     ], contenders
 

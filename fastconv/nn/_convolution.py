@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..backends import CHOICES
 from ..ops._arguments import DTYPES
-from ..ops._operator import autocast, is_autocast
+from ..ops._operator import PLAIN, autocast, is_autocast
 from ._rules import no_kernel
 
 
@@ -77,7 +77,7 @@ def is_depthwise(weight: torch.Tensor, groups: int) -> bool:
 def takes(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether the tensors of a functional call are such as the kernels serve."""
     tensors = [input, weight] if bias is None else [input, weight, bias]
-    if not all(type(t) in (torch.Tensor, nn.Parameter) and t.layout == torch.strided for t in tensors):
+    if not all(type(t) in PLAIN and t.layout == torch.strided for t in tensors):
         return False
     if input.device.type not in ("cpu", "cuda") or input.dim() != 4 or weight.dim() != 4:
         return False

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..ops._arguments import DTYPES, integer
+from ..ops._operator import PLAIN
 from ..ops.channel_shuffle import channel_shuffle, choose
 from ._rules import check_backend, no_kernel, replaces, serves
 
@@ -72,7 +73,7 @@ def _as_images(input: torch.Tensor) -> torch.Tensor:
 
 @serves(torch.nn.functional.channel_shuffle)
 def _serve(backend: str | None, input: torch.Tensor, groups: int):
-    if type(input) not in (torch.Tensor, nn.Parameter) or input.layout != torch.strided:
+    if type(input) not in PLAIN or input.layout != torch.strided:
         return None
     if input.dim() != 4 or input.dtype not in DTYPES:
         return None

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from ._operator import PLAIN, is_recorded
+
 ACTIVATIONS = (None, "relu", "relu6", "gelu", "gelu_tanh", "silu")
 # Their derivative can be read off the output; the others need the sum before the activation.
 FROM_OUTPUT = ("relu", "relu6")
@@ -36,8 +38,9 @@ def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
 def add_and_activate(
     output: torch.Tensor, residual: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor:
-    """``activate(output + residual)``, where it can in the memory of ``output``, which nobody else has."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """``activate(output + residual)``; in the memory of ``output``, unless others may look at it."""
+    recorded = is_recorded() or torch._C._len_torch_function_stack()
+    if recorded or any(type(t) not in (*PLAIN, type(None)) for t in (output, residual)):
         return activate(output if residual is None else output + residual, activation)
     if residual is not None:
         output.add_(residual)

@@ -49,6 +49,19 @@ def autocast(device_type: str, arguments: Sequence[Any]) -> list[Any]:
     ]
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # exactly these: a subclass may be anything
+
+
+def is_recorded() -> bool:
+    """Whether calls are looked at or recorded: what they do must then be what they say."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or bool(torch._C._len_torch_dispatch_stack())
+        or torch._C._is_tracing()
+    )
+
+
 class Operator:
     """One operator of the library, registered with PyTorch for every kind of kernel.
 

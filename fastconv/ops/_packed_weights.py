@@ -26,6 +26,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._arguments import integer
+from ._operator import PLAIN, is_recorded
 
 SAMPLES = 67  # a prime, so that they fall on other channels and taps of each filter
 
@@ -87,15 +88,8 @@ _lock = threading.RLock()  # a weight may die, and be forgotten, while this thre
 
 def packed_weight(name: str, weight: torch.Tensor, *arguments: object) -> torch.Tensor | None:
     """What ``torch.ops.fastconv.<name>_pack_weight`` makes of a weight; None where nothing may be kept."""
-    if (
-        torch.compiler.is_compiling()
-        or (weight.requires_grad and torch.is_grad_enabled())
-        # Where calls are looked at or recorded, the one that packs belongs to them.
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
-    ):
-        return None
+    if is_recorded() or (weight.requires_grad and torch.is_grad_enabled()):
+        return None  # the call that packs belongs to what is recorded
     key = (id(weight), name, *arguments)
     kept = _kept.get(key)
     if kept is not None and kept.holds(weight):
@@ -110,7 +104,7 @@ def packed_weight(name: str, weight: torch.Tensor, *arguments: object) -> torch.
 def _can_be_kept(weight: torch.Tensor) -> bool:
     return (
         _limit > 0
-        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and type(weight) in PLAIN
         and weight.layout == torch.strided
         and not weight.is_inference()  # these have no version
         and not weight.is_neg()

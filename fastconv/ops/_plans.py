@@ -12,8 +12,8 @@ import torch
 
 from .. import backends
 from ..precision import get_precision
+from ._operator import PLAIN
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _MOST = 4096  # calls that are kept; then all are forgotten
 
 _plans: dict[Hashable, Any] = {}
@@ -33,7 +33,7 @@ def key_of(op: str, tensors: tuple[Any, ...], *arguments: Any) -> Hashable | Non
     for tensor in tensors:
         if tensor is None:
             facts.append(None)
-        elif type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_nested:
+        elif type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_nested:
             facts += tensor.shape, tensor.stride(), tensor.dtype, tensor.device
         else:
             return None
