@@ -91,8 +91,10 @@ Convolution<T>::Convolution(const T* input, int64_t in_channels, T* output, int6
   // In place, blocks whose packed taps fit the cache take turns; else a block is done by itself.
   const int64_t cached = (192 << 10) / (std::max(packed_, L) * int64_t(sizeof(A)));
   group_ = in_place_ ? std::clamp<int64_t>(cached, 1, blocks_) : 1;
-  streams_ = in_place_ &&
-             stores_past_caches(output, batch * out_channels * g.out_height * g.out_width, out_channels);
+  // An output that the L3 cache may hold stays there: what reads it next is limited by memory, too.
+  const int64_t outputs = batch * out_channels * g.out_height * g.out_width;
+  streams_ = in_place_ && outputs * int64_t(sizeof(A)) > (16 << 20) &&
+             stores_past_caches(output, outputs, out_channels);
   columns_ = phase_columns(g, g.phases[0]);  // no phase has more
   pixels_ = pixels_at_once(columns_);
   for (const Phase& phase : g.phases)
