@@ -137,17 +137,20 @@ def test_offsets_up_to_larger_than_the_image(kernel, layout, run):
     offsets=([directions, scattered], [directions]),
     channels=([9, 40, 297], [9]),
     size=(SIZES, SIZES[:2]),
+    where=lambda run, dtype, **_: run.serves(dtype),  # test_backends.py holds which
 )
 def test_dtypes_and_sizes(size, channels, offsets, layout, dtype, run):
-    if not run.serves(dtype):  # test_backends.py holds which
-        return
     shape = (size[0], channels, *size[1:])
     check(run, LAYOUTS[layout](functools.partial(make, dtype=dtype), shape), offsets(channels))
 
 
-@for_runs(runs(OP), layout=(LAYOUTS, LAYOUTS))
-def test_layouts(layout, run):
-    check(run, LAYOUTS[layout](make, (2, 6, 4, 5)), scattered(6))
+# One channel or one pixel: the strides alone do not tell contiguous from channels_last.
+SHAPES = [(2, 6, 4, 5), (1, 1, 1, 2), (2, 3, 1, 1)]
+
+
+@for_runs(runs(OP), shape=(SHAPES, SHAPES), layout=(LAYOUTS, LAYOUTS))
+def test_layouts(layout, shape, run):
+    check(run, LAYOUTS[layout](make, shape), scattered(shape[1]))
 
 
 NOTHING = [(0, 6, 4, 5), (2, 0, 4, 5), (2, 6, 0, 5), (2, 6, 4, 0), (0, 0, 0, 0)]

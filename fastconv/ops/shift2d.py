@@ -9,7 +9,14 @@ import torch
 
 from ..backends import Choice
 from ._arguments import check_tensor, integer
-from ._operator import Operator, fold_into_batch, map_one_by_one, memory_format_of, new_output
+from ._operator import (
+    Operator,
+    as_memory_format,
+    fold_into_batch,
+    map_one_by_one,
+    memory_format_of,
+    new_output,
+)
 
 # Beyond every image, and so like every larger number.
 FAR = (1 << 63) - 1
@@ -69,7 +76,7 @@ def shift2d(
     _check_offsets(input, offsets)
     backend = choose(backend, algorithm, input, offsets)
     if backend == "reference":
-        return shift2d_reference(input, offsets).contiguous(memory_format=memory_format_of(input))
+        return as_memory_format(shift2d_reference(input, offsets), memory_format_of(input))
     return operator(backend, input, offsets, algorithm)
 
 
