@@ -8,7 +8,7 @@ import torch
 
 from ..backends import Choice
 from ._arguments import DTYPES, check_tensor, integer
-from ._operator import Operator, fold_into_batch, memory_format_of, new_output
+from ._operator import Operator, as_memory_format, fold_into_batch, memory_format_of, new_output
 
 
 def channel_shuffle_reference(
@@ -58,7 +58,7 @@ def channel_shuffle(
     if backend == "aten":
         return torch.nn.functional.channel_shuffle(input, groups)
     if backend == "reference":
-        return channel_shuffle_reference(input, groups).contiguous(memory_format=memory_format_of(input))
+        return as_memory_format(channel_shuffle_reference(input, groups), memory_format_of(input))
     return operator(backend, input, groups, algorithm)
 
 
