@@ -8,6 +8,7 @@ from .ops.channel_shuffle import channel_shuffle, channel_shuffle_reference
 from .ops.conv2d import conv2d, conv2d_reference
 from .ops.conv_transpose2d import conv_transpose2d, conv_transpose2d_reference
 from .ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
+from .ops.shift2d import shift2d, shift2d_reference
 from .optimize import OptimizeError, enable, optimize, report, restore
 from .precision import get_precision, set_precision
 
@@ -38,6 +39,8 @@ __all__ = [
     "restore",
     "set_packed_weights_limit",
     "set_precision",
+    "shift2d",
+    "shift2d_reference",
     "use_backend",
 ]
 

@@ -98,6 +98,11 @@ def test_dtypes_and_sizes(size, channels, layout, dtype, run):
     check(run, LAYOUTS[layout](functools.partial(make, dtype=dtype), shape), channels[1])
 
 
+@for_runs([run for run in runs(OP) if run.backend != "aten"], layout=(LAYOUTS, LAYOUTS))
+def test_layouts_of_one_pixel(layout, run):
+    check(run, LAYOUTS[layout](make, (2, 6, 1, 1)), 3)
+
+
 @for_runs(runs(OP), layout=(LAYOUTS, LAYOUTS))
 def test_layouts(layout, run):
     check(run, LAYOUTS[layout](make, (2, 6, 4, 5)), 3)

@@ -85,6 +85,7 @@ class Recorder:
             torch.float16: "*fp16",
             torch.float32: "*fp32",
             torch.float64: "*fp64",
+            torch.int64: "*i64",
         }
         signature, constants, divisible = {}, {}, {}
         for index, (name, parameter) in enumerate(zip(names, self.kernel.params)):

@@ -5,5 +5,15 @@ from .channel_shuffle import ChannelShuffle
 from .conv2d import Conv2d
 from .conv_transpose2d import ConvTranspose2d
 from .depthwise_conv2d import DepthwiseConv2d
+from .shift2d import Shift2d
 
-__all__ = ["ChannelShuffle", "Conv2d", "ConvTranspose2d", "DepthwiseConv2d", "Rule", "rule_for", "rules"]
+__all__ = [
+    "ChannelShuffle",
+    "Conv2d",
+    "ConvTranspose2d",
+    "DepthwiseConv2d",
+    "Rule",
+    "Shift2d",
+    "rule_for",
+    "rules",
+]

@@ -8,7 +8,7 @@ import torch
 
 from ..backends import Choice
 from ._arguments import DTYPES, check_tensor, integer
-from ._operator import Operator, fold_into_batch, memory_format_of, new_output
+from ._operator import Operator, as_memory_format, fold_into_batch, memory_format_of, new_output
 
 
 def channel_shuffle_reference(
@@ -58,7 +58,9 @@ def channel_shuffle(
     if backend == "aten":
         return torch.nn.functional.channel_shuffle(input, groups)
     if backend == "reference":
-        return channel_shuffle_reference(input, groups).contiguous(memory_format=memory_format_of(input))
+        memory_format = memory_format_of(input)
+        dense = channel_shuffle_reference(input, groups).contiguous(memory_format=memory_format)
+        return as_memory_format(dense, memory_format)
     return operator(backend, input, groups, algorithm)
 
 

@@ -13,6 +13,7 @@ from ._arguments import check_integers, check_tensor, output_size, padding_sides
 from ._convolution import check_grad_output, double_backward, new_gradients, unfold_gradients
 from ._operator import (
     Operator,
+    as_memory_format,
     autocast,
     fold_into,
     fold_into_batch,
@@ -107,7 +108,7 @@ def depthwise_conv2d(
         top, bottom, left, right = padding
         padded = torch.nn.functional.pad(input, (left, right, top, bottom))
         output = depthwise_conv2d_reference(padded, weight, bias, stride, 0, dilation, activation=activation)
-        return output.contiguous(memory_format=memory_format_of(input))
+        return as_memory_format(output, memory_format_of(input))
     return forward_operator(backend, *arguments, activation, algorithm)
 
 

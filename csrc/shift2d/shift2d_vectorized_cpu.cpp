@@ -1,0 +1,223 @@
+// Shift, C++, vectorized: whole planes, or vectors of channels put together.
+//
+// Formula: shift2d.h. Contiguous, one step moves what stays of a plane as one block, and then zeroes the
+//   columns at the edge, into which the block has carried values of the next row. In channels_last, one step
+//   loads the same channels of each pixel that some of them come from, masks them, and stores one vector.
+// Bytes: each value is read once and written once; in channels_last a vector for each piece of it.
+// Before it: plain moves one value at a time, and asks for each whether it is inside.
+// Limits: memory, or the L2 cache; in channels_last loads, where many directions share a vector.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../common/matrix_kernel.h"
+#include "shift2d.h"
+
+namespace fastconv::FASTCONV_CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t tile_bytes = 64 << 10;  // of output
+
+// The outputs [first, last) along an axis whose source is inside.
+struct Span {
+  int64_t first, last;
+};
+inline Span inside(int64_t offset, int64_t size) {
+  return {std::max<int64_t>(0, -offset), std::min(size, size - offset)};
+}
+
+template <int B>
+struct BytesOf {
+  typedef uint8_t type __attribute__((vector_size(B)));
+};
+template <int B>
+using Bytes = typename BytesOf<B>::type;
+
+inline void copy_vector(char* to, const char* from) {
+  Bytes<vector_bytes> value;
+  __builtin_memcpy(&value, from, vector_bytes);
+  __builtin_memcpy(to, &value, vector_bytes);
+}
+
+// memcpy, whose stores, but for the first and the last, cross no cache line.
+inline void copy_block(char* to, const char* from, int64_t bytes) {
+  constexpr int64_t V = vector_bytes;
+  if (bytes < V) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  copy_vector(to, from);
+  for (int64_t at = V - int64_t(reinterpret_cast<uintptr_t>(to) % V); at < bytes - V; at += V)
+    copy_vector(to + at, from + at);
+  copy_vector(to + bytes - V, from + bytes - V);
+}
+
+template <typename T>
+void move_plane(const T* from, T* to, int64_t height, int64_t width, int64_t dh, int64_t dw) {
+  const Span rows = inside(dh, height), columns = inside(dw, width);
+  if (rows.first >= rows.last || columns.first >= columns.last) {
+    std::memset(to, 0, height * width * sizeof(T));
+    return;
+  }
+  const int64_t begin = rows.first * width + columns.first, end = (rows.last - 1) * width + columns.last;
+  std::memset(to, 0, rows.first * width * sizeof(T));
+  copy_block(reinterpret_cast<char*>(to + begin),
+             reinterpret_cast<const char*>(from + begin + dh * width + dw), (end - begin) * sizeof(T));
+  std::memset(to + rows.last * width, 0, (height - rows.last) * width * sizeof(T));
+  if (dw == 0) return;
+  const int64_t edge = dw < 0 ? 0 : columns.last, count = dw < 0 ? -dw : dw;
+  for (int64_t column = edge; column < edge + count; ++column)
+    for (int64_t row = rows.first; row < rows.last; ++row) to[row * width + column] = T{};
+}
+
+// Of a vector's channels those that move together.
+template <int B>
+struct Piece {
+  Bytes<B> mask;
+  int64_t source;  // from an output to its source, in bytes
+  Span rows, columns;
+
+  Bytes<B> load(const char* from) const {
+    Bytes<B> value;
+    __builtin_memcpy(&value, from + source, B);
+    return value & mask;
+  }
+};
+
+inline Span common(Span a, Span b) { return {std::max(a.first, b.first), std::min(a.last, b.last)}; }
+inline bool holds(Span span, int64_t k) { return k >= span.first && k < span.last; }
+
+// Neighbouring channels of a pixel, B bytes of them.
+template <int B>
+struct Lanes {
+  int64_t at;  // in a pixel, in bytes
+  std::vector<Piece<B>> pieces;
+  Span rows, columns;  // where all pieces read
+
+  Lanes only(int64_t row) const {  // the pieces that read this row
+    Lanes kept{at, {}, {row, row + 1}, {0, std::numeric_limits<int64_t>::max()}};
+    for (const Piece<B>& piece : pieces) {
+      if (!holds(piece.rows, row)) continue;
+      kept.pieces.push_back(piece);
+      kept.columns = common(kept.columns, piece.columns);
+    }
+    return kept;
+  }
+};
+
+// A pixel's channels as vectors; the last may overlap the one before.
+template <typename T, int B>
+std::vector<Lanes<B>> find_lanes(const int64_t* offsets, const Shift2dShape& s) {
+  constexpr int64_t count = B / sizeof(T);
+  std::vector<Lanes<B>> found((s.channels + count - 1) / count);
+  for (size_t v = 0; v < found.size(); ++v) {
+    const int64_t first = std::min(int64_t(v) * count, s.channels - count);
+    Lanes<B>& lanes = found[v];
+    lanes = {first * int64_t(sizeof(T)), {}, {0, s.height}, {0, s.width}};
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t* offset = offsets + 2 * (first + lane);
+      const int64_t dh = limited(offset[0], s.height), dw = limited(offset[1], s.width);
+      const Span rows = inside(dh, s.height), columns = inside(dw, s.width);
+      const int64_t source = (dh * s.width + dw) * s.channels * int64_t(sizeof(T));
+      const auto same = [&](const Piece<B>& p) {
+        return p.source == source && p.columns.first == columns.first && p.columns.last == columns.last;
+      };
+      auto piece = std::find_if(lanes.pieces.begin(), lanes.pieces.end(), same);
+      if (piece == lanes.pieces.end())
+        piece = lanes.pieces.insert(piece, {Bytes<B>{}, source, rows, columns});
+      for (size_t k = 0; k < sizeof(T); ++k) piece->mask[lane * sizeof(T) + k] = 0xff;
+      lanes.rows = common(lanes.rows, rows), lanes.columns = common(lanes.columns, columns);
+    }
+  }
+  return found;
+}
+
+// Pixels [first, last) of a row, which lie `step` bytes apart; all pieces read the row.
+template <int B>
+void move_lanes(const Lanes<B>& lanes, const char* from, char* to, int64_t step, int64_t first,
+                int64_t last) {
+  const Piece<B>* pieces = lanes.pieces.data();
+  const int64_t count = int64_t(lanes.pieces.size());
+  from += lanes.at, to += lanes.at;
+  const auto move = [&](int64_t begin, int64_t end, const auto& value_at) {
+    for (int64_t w = begin; w < end; ++w) {
+      const Bytes<B> value = value_at(w);
+      __builtin_memcpy(to + w * step, &value, B);
+    }
+  };
+  const auto edge = [&](int64_t w) {
+    Bytes<B> value{};
+    for (int64_t k = 0; k < count; ++k)
+      if (holds(pieces[k].columns, w)) value |= pieces[k].load(from + w * step);
+    return value;
+  };
+  const int64_t begin = std::clamp(lanes.columns.first, first, last);
+  const int64_t end = count > 4 ? begin : std::clamp(lanes.columns.last, begin, last);
+  move(first, begin, edge);
+  with_constant<0, 4>(std::min<int64_t>(count, 4), [&](auto some) {
+    Piece<B> own[some + 1];  // in registers
+    for (int k = 0; k < some; ++k) own[k] = pieces[k];
+    move(begin, end, [&](int64_t w) {
+      Bytes<B> value{};
+#pragma GCC unroll 4
+      for (int k = 0; k < some; ++k) value |= own[k].load(from + w * step);
+      return value;
+    });
+  });
+  move(end, last, edge);
+}
+
+template <typename T, int B>
+void move_pixels(const T* input, const int64_t* offsets, T* output, const Shift2dShape& s,
+                 ParallelFor threads) {
+  const std::vector<Lanes<B>> vectors = find_lanes<T, B>(offsets, s);
+  const int64_t step = s.channels * int64_t(sizeof(T)), tile = std::max<int64_t>(1, tile_bytes / step);
+  parallel_for(threads, s.batch * s.height, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index % s.height;
+      const char* from = reinterpret_cast<const char*>(input) + index * s.width * step;
+      char* to = reinterpret_cast<char*>(output) + index * s.width * step;
+      for (int64_t first = 0; first < s.width; first += tile)
+        for (const Lanes<B>& lanes : vectors) {
+          const int64_t last = std::min(first + tile, s.width);
+          if (holds(lanes.rows, row))
+            move_lanes(lanes, from, to, step, first, last);
+          else
+            move_lanes(lanes.only(row), from, to, step, first, last);
+        }
+    }
+  });
+}
+
+// With the widest vectors that a pixel fills.
+template <typename T, int B>
+void choose_vectors(const T* input, const int64_t* offsets, T* output, const Shift2dShape& s,
+                    ParallelFor threads) {
+  if constexpr (B > int(sizeof(T)))
+    if (s.channels * int64_t(sizeof(T)) < B)
+      return choose_vectors<T, B / 2>(input, offsets, output, s, threads);
+  move_pixels<T, B>(input, offsets, output, s, threads);
+}
+
+}  // namespace
+
+template <typename T>
+void shift2d_vectorized_forward_cpu(const T* input, const int64_t* offsets, T* output, const Shift2dShape& s,
+                                    ParallelFor threads) {
+  if (s.channels_last) return choose_vectors<T, vector_bytes>(input, offsets, output, s, threads);
+  parallel_for(threads, s.batch * s.channels, [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const int64_t* offset = offsets + plane % s.channels * 2;
+      move_plane(input + plane * s.plane(), output + plane * s.plane(), s.height, s.width,
+                 limited(offset[0], s.height), limited(offset[1], s.width));
+    }
+  });
+}
+
+#define FASTCONV_INSTANTIATE(T)                                                                      \
+  template void shift2d_vectorized_forward_cpu<T>(const T*, const int64_t*, T*, const Shift2dShape&, \
+                                                  ParallelFor);
+FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
+
+}  // namespace fastconv::FASTCONV_CPU_CAPABILITY
