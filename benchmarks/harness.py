@@ -113,6 +113,11 @@ class Contender:
         return f"{self.backend}/{self.algorithm}" if self.algorithm else self.backend
 
 
+def no_macs(sizes: dict) -> int:
+    """The multiply-adds of an operator that moves values only."""
+    return 0
+
+
 def load(op: str) -> Benchmark:
     """The benchmark of an operator.
 

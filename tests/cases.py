@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,3 +107,12 @@ LAYOUTS: dict[str, Callable[[Callable[..., torch.Tensor], tuple[int, ...]], torc
     "transposed_pixels": lambda make, shape: make((*shape[:2], shape[3], shape[2])).transpose(2, 3),
     "transposed_batch": lambda make, shape: make((shape[1], shape[0], *shape[2:])).transpose(0, 1),
 }
+
+
+def zeros_beyond_32_bits(layout: str) -> torch.Tensor:
+    """(1, 6, H, W) of float16 in either layout, beyond 2^31 elements; pages of zeros take no memory."""
+    shape = (1, 6, 2**15, 2**15 // 3 + 1)
+    shape = shape if layout == "contiguous" else (shape[0], *shape[2:], shape[1])
+    image = torch.from_numpy(np.zeros(shape, dtype=np.float16)).to(DEVICE)
+    assert image.numel() > 2**31
+    return image if layout == "contiguous" else image.permute(0, 3, 1, 2)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import pytest
 import torch
-from cases import DEVICE, LAYOUTS, for_runs, runs
+from cases import DEVICE, LAYOUTS, for_runs, runs, zeros_beyond_32_bits
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -279,11 +278,7 @@ def test_operator_refuses(bad, run):
 @pytest.mark.parametrize("run", [run for run in runs(OP, own=True) if not run.stands_in], ids=str)
 @pytest.mark.parametrize("layout", DENSE)
 def test_more_than_2_to_the_31_elements(layout, run):
-    shape = (1, 6, 2**15, 2**15 // 3 + 1)
-    shape = shape if layout == "contiguous" else (shape[0], *shape[2:], shape[1])
-    image = torch.from_numpy(np.zeros(shape, dtype=np.float16)).to(DEVICE)
-    image = image if layout == "contiguous" else image.permute(0, 3, 1, 2)
-    assert image.numel() > 2**31
+    image = zeros_beyond_32_bits(layout)
     image[0, 3, -1, -1] = 3.0  # the second of the second group
     output = channel_shuffle(image, 3, **run.keywords)
     assert output[0, 4, -1, -1] == 3.0 and output.count_nonzero() == 1

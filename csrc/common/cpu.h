@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #define FASTCONV_DECLARE_CPU(...) \
@@ -62,6 +63,14 @@ inline void parallel_for(ParallelFor threads, int64_t count, const Body& body) {
       count,
       [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<Body*>(&body));
+}
+
+// body(std::integral_constant<int, value>), of a value in [First, Last].
+template <int First, int Last, typename Body>
+inline void with_constant(int64_t value, const Body& body) {
+  if constexpr (First < Last)
+    if (value != First) return with_constant<First + 1, Last>(value, body);
+  body(std::integral_constant<int, First>{});
 }
 
 // A scratch array on a cache line's boundary, not initialised.

@@ -6,6 +6,7 @@
 // vectors and R single values for R * V multiply-adds, so that the multipliers are the limit, not the loads.
 #pragma once
 
+#include "cpu.h"
 #include "simd.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
@@ -17,14 +18,6 @@ constexpr int most_vectors = 2, accumulators = 12;
 #endif
 template <int V>
 constexpr int rows_of = accumulators / V;  // rows of a block V vectors wide
-
-// body(std::integral_constant<int, value>), of a value in [First, Last].
-template <int First, int Last, typename Body>
-inline void with_constant(int64_t value, const Body& body) {
-  if constexpr (First < Last)
-    if (value != First) return with_constant<First + 1, Last>(value, body);
-  body(std::integral_constant<int, First>{});
-}
 
 // rows[r][k * row_step]: row r's values. panel[k * panel_step ...]: V vectors, line k.
 template <int R, int V, typename T, typename A>

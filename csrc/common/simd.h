@@ -119,14 +119,13 @@ void stream_vector(T* target, V value) {
 inline void stream_vector(float* target, Vector<float> value) { _mm512_stream_ps(target, (__m512)value); }
 #endif
 
-// Whether so many values are stored past the caches: where reading their lines before they are overwritten
-// would cost more than the next reader gains from those that are still in the L3 cache. Vectors start at
-// multiples of `step` values.
-template <typename T>
-bool stores_past_caches(const T* target, int64_t count, int64_t step) {
-  constexpr int64_t cache_line = 64;
-  return std::is_same_v<T, float> && vector_bytes == cache_line && count * int64_t(sizeof(T)) > (4 << 20) &&
-         step % lanes_of<float> == 0 && reinterpret_cast<uintptr_t>(target) % cache_line == 0;
+// body(store) with the store of either kind, for loops that should not ask at each vector.
+template <typename A, typename Body>
+inline __attribute__((always_inline)) void with_store(bool past_caches, const Body& body) {
+  if (past_caches)
+    body([](A* target, Vector<A> value) { stream_vector(target, value); });
+  else
+    body([](A* target, Vector<A> value) { store_vector(target, value); });
 }
 
 inline void stream_fence() {

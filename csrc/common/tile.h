@@ -30,6 +30,18 @@ struct Image {
   int64_t pixel_stride() const { return channels_last ? channels : 1; }
 };
 
+// Whether a batch of such images is stored past the caches: where reading their lines before they are
+// overwritten would cost more than the next reader gains from those that are still in the L3 cache. Vectors
+// start at multiples of `step` values.
+template <typename T>
+bool stores_past_caches(const Image<T>& image, int64_t batch, int64_t step, int64_t least_bytes = 4 << 20) {
+  constexpr int64_t cache_line = 64;
+  const int64_t bytes = batch * image.channels * image.height * image.width * int64_t(sizeof(T));
+  return std::is_same_v<T, float> && vector_bytes == cache_line && image.channels_last &&
+         bytes > least_bytes && step % lanes_of<float> == 0 &&
+         reinterpret_cast<uintptr_t>(image.data) % cache_line == 0;
+}
+
 // Which channel of an image lane l of a block reads: (first + l) * step / divide + offset.
 struct Lanes {
   int64_t first;

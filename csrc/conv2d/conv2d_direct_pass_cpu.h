@@ -60,11 +60,9 @@ class Direct {
         in_place_(std::is_same_v<T, stored<E>> && pass.shape.channels_last && from_ >= few_channels &&
                   pass.from_group % values_in<E> == 0),
         pixel_stride_(in_place_ ? input_.channels / values_in<E> : from_),
-        columns_(columns_read()) {
-    const Geometry& g = pass.geometry;
-    streams_ = pass.shape.channels_last && is_floor(epilogue.activation) &&
-               stores_past_caches(output, pass.shape.batch * g.out_height * g.out_width * output_.channels,
-                                  pass.to_group);
+        columns_(columns_read()),
+        streams_(is_floor(epilogue.activation) &&
+                 stores_past_caches(output_, pass.shape.batch, pass.to_group)) {
     const int64_t chunk_pixels = from_ < few_channels ? 2 * most_pixels : most_pixels;
     int64_t parts = 0;
     for (const Phase& phase : pass.geometry.phases) {
@@ -394,7 +392,7 @@ class Direct {
             sum[r][v] += load_vector(epilogue_.residual + pixels.output[r] + first + v * L);
         }
       }
-      const auto store_all = [&](auto store_one) {
+      with_store<A>(streams_, [&](const auto& store_one) {
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
           if (r >= count) return;
@@ -402,11 +400,7 @@ class Direct {
           for (int v = 0; v < V; ++v)
             store_one(output_.data + pixels.output[r] + first + v * L, sum[r][v] < least ? least : sum[r][v]);
         }
-      };
-      if (streams_)
-        store_all([](A* target, Vector<A> value) { stream_vector(target, value); });
-      else
-        store_all([](A* target, Vector<A> value) { store_vector(target, value); });
+      });
       return true;
     }
     return false;

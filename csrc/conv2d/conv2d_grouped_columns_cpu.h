@@ -162,10 +162,8 @@ void compute_outputs(const GroupedStrip<A>& strip, int64_t row, int64_t column) 
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) store_one(place(strip.output, q, p), sum[q][p]);
   };
-  if (!strip.residual.data && strip.activation == Activation::none) {
-    if (strip.streams) return store_all([](A* target, Vector<A> value) { stream_vector(target, value); });
-    return store_all([](A* target, Vector<A> value) { store_vector(target, value); });
-  }
+  if (!strip.residual.data && strip.activation == Activation::none)
+    return with_store<A>(strip.streams, store_all);
   Vector<A> total[R][P];  // a copy: an array that a loop runs over lies in memory
 #pragma GCC unroll 2
   for (int q = 0; q < R; ++q)

@@ -62,9 +62,7 @@ class GroupedConvolution {
     const Geometry& g = geometry_;
     writes_in_place_ = std::is_same_v<T, A> && channels_last && channels.fills_vectors();
     reads_in_place_ = writes_in_place_ && channels.reads_in_place();
-    streams_ =
-        writes_in_place_ &&
-        stores_past_caches(output, batch * g.out_height * g.out_width * output_.channels, output_.channels);
+    streams_ = writes_in_place_ && stores_past_caches(output_, batch, output_.channels);
     columns_ = phase_columns(g, g.phases[0]);  // no phase has more
     pixels_ = pixels_at_once(columns_);
     for (const Phase& phase : g.phases)

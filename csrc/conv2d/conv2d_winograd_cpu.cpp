@@ -86,9 +86,7 @@ class WinogradConvolution {
         output_{output, pass.groups * pass.to_group, pass.out_height, pass.out_width, pass.channels_last},
         reader_({input, pass.groups * pass.from_group, pass.in_height, pass.in_width, pass.channels_last},
                 grid_, M, pass.top, pass.left),
-        streams_(pass.channels_last &&
-                 stores_past_caches(output, pass.batch * pass.out_height * pass.out_width * output_.channels,
-                                    pass.to_group)) {}
+        streams_(stores_past_caches(output_, pass.batch, pass.to_group)) {}
 
   int64_t items() const { return grid_.blocks() * pass_.groups * panels_.count(); }
 

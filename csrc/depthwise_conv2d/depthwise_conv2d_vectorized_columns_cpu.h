@@ -142,10 +142,8 @@ inline __attribute__((always_inline)) void compute_outputs(const Strip<A>& strip
       for (int p = 0; p < P; ++p)
         store_one(output + q * row.output_row_stride + p * row.output_pixel_stride, sum[q][p]);
   };
-  if (!strip.accumulate && strip.activation == Activation::none) {
-    if (strip.streams) return store_all([](A* target, Vector<A> value) { stream_vector(target, value); });
-    return store_all([](A* target, Vector<A> value) { store_vector(target, value); });
-  }
+  if (!strip.accumulate && strip.activation == Activation::none)
+    return with_store<A>(strip.streams, store_all);
   Vector<A> total[R][P];  // a copy: an array that a loop runs over lies in memory
 #pragma GCC unroll 2
   for (int q = 0; q < R; ++q)

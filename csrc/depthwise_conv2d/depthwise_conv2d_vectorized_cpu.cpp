@@ -92,9 +92,7 @@ Convolution<T>::Convolution(const T* input, int64_t in_channels, T* output, int6
   const int64_t cached = (192 << 10) / (std::max(packed_, L) * int64_t(sizeof(A)));
   group_ = in_place_ ? std::clamp<int64_t>(cached, 1, blocks_) : 1;
   // An output that the L3 cache may hold stays there: what reads it next is limited by memory, too.
-  const int64_t outputs = batch * out_channels * g.out_height * g.out_width;
-  streams_ = in_place_ && outputs * int64_t(sizeof(A)) > (16 << 20) &&
-             stores_past_caches(output, outputs, out_channels);
+  streams_ = in_place_ && stores_past_caches(output_, batch, out_channels, 16 << 20);
   columns_ = phase_columns(g, g.phases[0]);  // no phase has more
   pixels_ = pixels_at_once(columns_);
   for (const Phase& phase : g.phases)

@@ -11,7 +11,8 @@
 #include <limits>
 #include <vector>
 
-#include "../common/matrix_kernel.h"
+#include "../common/geometry.h"
+#include "../common/simd.h"
 #include "shift2d.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
@@ -19,13 +20,8 @@ namespace {
 
 constexpr int64_t tile_bytes = 64 << 10;  // of output
 
-// The outputs [first, last) along an axis whose source is inside.
-struct Span {
-  int64_t first, last;
-};
-inline Span inside(int64_t offset, int64_t size) {
-  return {std::max<int64_t>(0, -offset), std::min(size, size - offset)};
-}
+// The outputs along an axis whose source is inside.
+inline Range inside(int64_t offset, int64_t size) { return outputs_inside(offset, 1, size, size); }
 
 template <int B>
 struct BytesOf {
@@ -55,20 +51,20 @@ inline void copy_block(char* to, const char* from, int64_t bytes) {
 
 template <typename T>
 void move_plane(const T* from, T* to, int64_t height, int64_t width, int64_t dh, int64_t dw) {
-  const Span rows = inside(dh, height), columns = inside(dw, width);
-  if (rows.first >= rows.last || columns.first >= columns.last) {
+  const Range rows = inside(dh, height), columns = inside(dw, width);
+  if (rows.begin >= rows.end || columns.begin >= columns.end) {
     std::memset(to, 0, height * width * sizeof(T));
     return;
   }
-  const int64_t begin = rows.first * width + columns.first, end = (rows.last - 1) * width + columns.last;
-  std::memset(to, 0, rows.first * width * sizeof(T));
+  const int64_t begin = rows.begin * width + columns.begin, end = (rows.end - 1) * width + columns.end;
+  std::memset(to, 0, rows.begin * width * sizeof(T));
   copy_block(reinterpret_cast<char*>(to + begin),
              reinterpret_cast<const char*>(from + begin + dh * width + dw), (end - begin) * sizeof(T));
-  std::memset(to + rows.last * width, 0, (height - rows.last) * width * sizeof(T));
+  std::memset(to + rows.end * width, 0, (height - rows.end) * width * sizeof(T));
   if (dw == 0) return;
-  const int64_t edge = dw < 0 ? 0 : columns.last, count = dw < 0 ? -dw : dw;
+  const int64_t edge = dw < 0 ? 0 : columns.end, count = dw < 0 ? -dw : dw;
   for (int64_t column = edge; column < edge + count; ++column)
-    for (int64_t row = rows.first; row < rows.last; ++row) to[row * width + column] = T{};
+    for (int64_t row = rows.begin; row < rows.end; ++row) to[row * width + column] = T{};
 }
 
 // Of a vector's channels those that move together.
@@ -76,7 +72,7 @@ template <int B>
 struct Piece {
   Bytes<B> mask;
   int64_t source;  // from an output to its source, in bytes
-  Span rows, columns;
+  Range rows, columns;
 
   Bytes<B> load(const char* from) const {
     Bytes<B> value;
@@ -85,18 +81,18 @@ struct Piece {
   }
 };
 
-inline Span common(Span a, Span b) { return {std::max(a.first, b.first), std::min(a.last, b.last)}; }
-inline bool holds(Span span, int64_t k) { return k >= span.first && k < span.last; }
+inline Range common(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
+inline bool holds(Range range, int64_t k) { return k >= range.begin && k < range.end; }
 
-// Neighbouring channels of a pixel, B bytes of them.
+// Neighbouring channels of a pixel: B bytes, a vector.
 template <int B>
-struct Lanes {
+struct Slice {
   int64_t at;  // in a pixel, in bytes
   std::vector<Piece<B>> pieces;
-  Span rows, columns;  // where all pieces read
+  Range rows, columns;  // where all pieces read
 
-  Lanes only(int64_t row) const {  // the pieces that read this row
-    Lanes kept{at, {}, {row, row + 1}, {0, std::numeric_limits<int64_t>::max()}};
+  Slice only(int64_t row) const {  // the pieces that read this row
+    Slice kept{at, {}, {row, row + 1}, {0, std::numeric_limits<int64_t>::max()}};
     for (const Piece<B>& piece : pieces) {
       if (!holds(piece.rows, row)) continue;
       kept.pieces.push_back(piece);
@@ -108,26 +104,26 @@ struct Lanes {
 
 // A pixel's channels as vectors; the last may overlap the one before.
 template <typename T, int B>
-std::vector<Lanes<B>> find_lanes(const int64_t* offsets, const Shift2dShape& s) {
+std::vector<Slice<B>> find_slices(const int64_t* offsets, const Shift2dShape& s) {
   constexpr int64_t count = B / sizeof(T);
-  std::vector<Lanes<B>> found((s.channels + count - 1) / count);
+  std::vector<Slice<B>> found(ceil_div(s.channels, count));
   for (size_t v = 0; v < found.size(); ++v) {
     const int64_t first = std::min(int64_t(v) * count, s.channels - count);
-    Lanes<B>& lanes = found[v];
-    lanes = {first * int64_t(sizeof(T)), {}, {0, s.height}, {0, s.width}};
+    Slice<B>& slice = found[v];
+    slice = {first * int64_t(sizeof(T)), {}, {0, s.height}, {0, s.width}};
     for (int64_t lane = 0; lane < count; ++lane) {
       const int64_t* offset = offsets + 2 * (first + lane);
       const int64_t dh = limited(offset[0], s.height), dw = limited(offset[1], s.width);
-      const Span rows = inside(dh, s.height), columns = inside(dw, s.width);
+      const Range rows = inside(dh, s.height), columns = inside(dw, s.width);
       const int64_t source = (dh * s.width + dw) * s.channels * int64_t(sizeof(T));
       const auto same = [&](const Piece<B>& p) {
-        return p.source == source && p.columns.first == columns.first && p.columns.last == columns.last;
+        return p.source == source && p.columns.begin == columns.begin && p.columns.end == columns.end;
       };
-      auto piece = std::find_if(lanes.pieces.begin(), lanes.pieces.end(), same);
-      if (piece == lanes.pieces.end())
-        piece = lanes.pieces.insert(piece, {Bytes<B>{}, source, rows, columns});
+      auto piece = std::find_if(slice.pieces.begin(), slice.pieces.end(), same);
+      if (piece == slice.pieces.end())
+        piece = slice.pieces.insert(piece, {Bytes<B>{}, source, rows, columns});
       for (size_t k = 0; k < sizeof(T); ++k) piece->mask[lane * sizeof(T) + k] = 0xff;
-      lanes.rows = common(lanes.rows, rows), lanes.columns = common(lanes.columns, columns);
+      slice.rows = common(slice.rows, rows), slice.columns = common(slice.columns, columns);
     }
   }
   return found;
@@ -135,11 +131,11 @@ std::vector<Lanes<B>> find_lanes(const int64_t* offsets, const Shift2dShape& s) 
 
 // Pixels [first, last) of a row, which lie `step` bytes apart; all pieces read the row.
 template <int B>
-void move_lanes(const Lanes<B>& lanes, const char* from, char* to, int64_t step, int64_t first,
+void move_slice(const Slice<B>& slice, const char* from, char* to, int64_t step, int64_t first,
                 int64_t last) {
-  const Piece<B>* pieces = lanes.pieces.data();
-  const int64_t count = int64_t(lanes.pieces.size());
-  from += lanes.at, to += lanes.at;
+  const Piece<B>* pieces = slice.pieces.data();
+  const int64_t count = int64_t(slice.pieces.size());
+  from += slice.at, to += slice.at;
   const auto move = [&](int64_t begin, int64_t end, const auto& value_at) {
     for (int64_t w = begin; w < end; ++w) {
       const Bytes<B> value = value_at(w);
@@ -152,8 +148,8 @@ void move_lanes(const Lanes<B>& lanes, const char* from, char* to, int64_t step,
       if (holds(pieces[k].columns, w)) value |= pieces[k].load(from + w * step);
     return value;
   };
-  const int64_t begin = std::clamp(lanes.columns.first, first, last);
-  const int64_t end = count > 4 ? begin : std::clamp(lanes.columns.last, begin, last);
+  const int64_t begin = std::clamp(slice.columns.begin, first, last);
+  const int64_t end = count > 4 ? begin : std::clamp(slice.columns.end, begin, last);
   move(first, begin, edge);
   with_constant<0, 4>(std::min<int64_t>(count, 4), [&](auto some) {
     Piece<B> own[some + 1];  // in registers
@@ -171,7 +167,7 @@ void move_lanes(const Lanes<B>& lanes, const char* from, char* to, int64_t step,
 template <typename T, int B>
 void move_pixels(const T* input, const int64_t* offsets, T* output, const Shift2dShape& s,
                  ParallelFor threads) {
-  const std::vector<Lanes<B>> vectors = find_lanes<T, B>(offsets, s);
+  const std::vector<Slice<B>> slices = find_slices<T, B>(offsets, s);
   const int64_t step = s.channels * int64_t(sizeof(T)), tile = std::max<int64_t>(1, tile_bytes / step);
   parallel_for(threads, s.batch * s.height, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
@@ -179,12 +175,12 @@ void move_pixels(const T* input, const int64_t* offsets, T* output, const Shift2
       const char* from = reinterpret_cast<const char*>(input) + index * s.width * step;
       char* to = reinterpret_cast<char*>(output) + index * s.width * step;
       for (int64_t first = 0; first < s.width; first += tile)
-        for (const Lanes<B>& lanes : vectors) {
+        for (const Slice<B>& slice : slices) {
           const int64_t last = std::min(first + tile, s.width);
-          if (holds(lanes.rows, row))
-            move_lanes(lanes, from, to, step, first, last);
+          if (holds(slice.rows, row))
+            move_slice(slice, from, to, step, first, last);
           else
-            move_lanes(lanes.only(row), from, to, step, first, last);
+            move_slice(slice.only(row), from, to, step, first, last);
         }
     }
   });

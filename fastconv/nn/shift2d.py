@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..ops._arguments import integer, pair
-from ..ops.shift2d import as_offsets, shift2d
+from ..ops.shift2d import as_offsets, check_offsets, shift2d
 from ._rules import check_backend
 
 
@@ -53,12 +53,7 @@ class Shift2d(nn.Module):
         self.backend = backend
         self.given = offsets is not None
         self.offsets = as_offsets(offsets).clone() if self.given else self._of_window()
-        if tuple(self.offsets.shape) != (self.channels, 2):
-            raise ValueError(
-                f"offsets must have shape ({self.channels}, 2), a pair for each of the channels, "
-                f"got {tuple(self.offsets.shape)}"
-            )
-
+        check_offsets(self.offsets, self.channels)
         rows, columns = zip(*self.offsets.tolist())
         # The rows and columns that an output's channels come from, all together.
         self.extent = max(rows) - min(rows) + 1, max(columns) - min(columns) + 1

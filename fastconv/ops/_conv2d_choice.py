@@ -75,12 +75,12 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups, fus
         return algorithm
     if taps > 1:
         wins = source * taps >= 64
+    elif channels_last and training:
+        wins = plane <= 100 and min(source, target) >= 512
     elif channels_last:
         wins = source >= 1024 or plane <= 100
         if weight.dtype == torch.float32 and min(source, target) >= 64:
             wins = wins or fused or source >= 256 or plane <= 196
-        if training:
-            wins = plane <= 100 and min(source, target) >= 512
     else:
         wins = plane >= (3136 if training else 784)
     if channels_last:

@@ -218,15 +218,17 @@ def new_output(input: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def as_memory_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """The 4-D tensor itself where :func:`memory_format_of` says so, else a copy; differentiable, mappable.
+    """The 4-D tensor itself where it is dense and in that format, else a copy; differentiable, mappable.
 
-    Not ``Tensor.contiguous``, which takes a tensor of one channel or pixel for either format.
+    The format is what :func:`memory_format_of` says. Not ``Tensor.contiguous``, which takes a tensor of one
+    channel or pixel for either format.
     """
-    if memory_format_of(tensor) == memory_format:
+    channels_last = memory_format == torch.channels_last
+    rows = tensor.permute(0, 2, 3, 1) if channels_last else tensor
+    if memory_format_of(tensor) == memory_format and rows.is_contiguous():
         return tensor
-    if memory_format == torch.channels_last:
-        return tensor.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
-    return tensor.clone(memory_format=torch.contiguous_format)
+    rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows.permute(0, 3, 1, 2) if channels_last else rows
 
 
 def fold_into_batch(op: Any, info: Any, in_dims: Sequence[int | None], input: torch.Tensor, *rest: Any):

@@ -58,9 +58,7 @@ def channel_shuffle(
     if backend == "aten":
         return torch.nn.functional.channel_shuffle(input, groups)
     if backend == "reference":
-        memory_format = memory_format_of(input)
-        dense = channel_shuffle_reference(input, groups).contiguous(memory_format=memory_format)
-        return as_memory_format(dense, memory_format)
+        return as_memory_format(channel_shuffle_reference(input, groups), memory_format_of(input))
     return operator(backend, input, groups, algorithm)
 
 

@@ -73,7 +73,7 @@ def shift2d(
     """
     check_tensor("input", input, rank=4)
     offsets = as_offsets(offsets)
-    _check_offsets(input, offsets)
+    check_offsets(offsets, input.shape[1])
     backend = choose(backend, algorithm, input, offsets)
     if backend == "reference":
         return as_memory_format(shift2d_reference(input, offsets), memory_format_of(input))
@@ -105,17 +105,17 @@ def as_offsets(offsets: object) -> torch.Tensor:
     return torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
 
 
-def _check_offsets(input: torch.Tensor, offsets: torch.Tensor) -> None:
-    if offsets.dim() != 2 or offsets.shape[0] != input.shape[1] or offsets.shape[1] != 2:
+def check_offsets(offsets: torch.Tensor, channels: int) -> None:
+    if offsets.dim() != 2 or offsets.shape[0] != channels or offsets.shape[1] != 2:
         raise ValueError(
-            f"offsets must have shape ({input.shape[1]}, 2), a pair for each of input's channels, "
+            f"offsets must have shape ({channels}, 2), a pair for each of input's channels, "
             f"got {tuple(offsets.shape)}"
         )
 
 
 def _check(input: torch.Tensor, offsets: torch.Tensor, algorithm: str | None) -> None:
     check_tensor("input", input, rank=4)
-    _check_offsets(input, offsets)
+    check_offsets(offsets, input.shape[1])
     if offsets.dtype != torch.int64 or offsets.device.type != "cpu":
         raise TypeError(f"offsets must be int64 on the CPU, got {offsets.dtype} on {offsets.device}")
     choose.check_algorithm("triton", algorithm)
