@@ -161,9 +161,9 @@ __global__ void __launch_bounds__(gemm_threads, 1)
                          c * 8 + lane % 4 * 2 + i % 2,
                      sums[r][c][i]);
   __syncthreads();
-  store_tile<BlockPixels, BlockFilters>(
-      tile_sums, sums_step, epilogue, result, tile.group * pass.result_group + tile.first_filter,
-      pass.result_group - tile.first_filter, to.channel, t.packed, [&](int p) { return pixels[p].result; });
+  store_tile<BlockPixels, BlockFilters>(tile_sums, sums_step, epilogue, result,
+                                        tile_filters(pass, tile.group, tile.first_filter, to.channel),
+                                        t.packed, [&](int p) { return pixels[p].result; });
 }
 
 // As many channels a stage as fit, 32 where there are taps enough to share their weights' copies with.
