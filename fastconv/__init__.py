@@ -8,7 +8,9 @@ from .ops.channel_shuffle import channel_shuffle, channel_shuffle_reference
 from .ops.conv2d import conv2d, conv2d_reference
 from .ops.conv_transpose2d import conv_transpose2d, conv_transpose2d_reference
 from .ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
+from .ops.group_conv2d_shuffle import group_conv2d_shuffle, group_conv2d_shuffle_reference
 from .ops.shift2d import shift2d, shift2d_reference
+from .ops.shift_conv2d import shift_conv2d, shift_conv2d_reference
 from .optimize import OptimizeError, enable, optimize, report, restore
 from .precision import get_precision, set_precision
 
@@ -32,6 +34,8 @@ __all__ = [
     "emulator",
     "enable",
     "get_precision",
+    "group_conv2d_shuffle",
+    "group_conv2d_shuffle_reference",
     "models",
     "nn",
     "optimize",
@@ -41,6 +45,8 @@ __all__ = [
     "set_precision",
     "shift2d",
     "shift2d_reference",
+    "shift_conv2d",
+    "shift_conv2d_reference",
     "use_backend",
 ]
 

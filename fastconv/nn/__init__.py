@@ -5,15 +5,19 @@ from .channel_shuffle import ChannelShuffle
 from .conv2d import Conv2d
 from .conv_transpose2d import ConvTranspose2d
 from .depthwise_conv2d import DepthwiseConv2d
+from .group_conv2d_shuffle import GroupConv2dShuffle
 from .shift2d import Shift2d
+from .shift_conv2d import ShiftConv2d
 
 __all__ = [
     "ChannelShuffle",
     "Conv2d",
     "ConvTranspose2d",
     "DepthwiseConv2d",
+    "GroupConv2dShuffle",
     "Rule",
     "Shift2d",
+    "ShiftConv2d",
     "rule_for",
     "rules",
 ]

@@ -238,6 +238,12 @@ def fold_into_batch(op: Any, info: Any, in_dims: Sequence[int | None], input: to
     return output.unflatten(0, folded.shape[:2]), 0
 
 
+def fold_images(op: Any, info: Any, in_dims: Sequence[int | None], *arguments: Any):
+    """``vmap``: more images where the input alone is mapped, else a loop."""
+    alone = all(dim is None for dim in in_dims[1:])
+    return (fold_into_batch if alone else map_one_by_one)(op, info, in_dims, *arguments)
+
+
 def fold_into(dim: int, tensor: torch.Tensor, in_dim: int | None, count: int) -> torch.Tensor:
     """``vmap``: folds a mapped dimension of ``count`` into ``dim``; an unmapped tensor is repeated."""
     if in_dim is None:
