@@ -103,7 +103,7 @@ def limits(dtype: torch.dtype, precision: str, channels_last: bool, channels: in
         return Limits(64, 4096, 16, 3, 32 if wide else 16)
     if wide:
         return Limits(128, 16384, 128 // dtype.itemsize, 3, 32)
-    return Limits(128, 8192, 64 // dtype.itemsize, 3, 32)
+    return Limits(128, 8192, 64 // dtype.itemsize, 3, 16)  # each value's address takes registers, too
 
 
 def tiling(limit: Limits, pixels: int, filters: int, copies: int, length: int) -> dict[str, int]:

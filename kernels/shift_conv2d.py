@@ -82,7 +82,9 @@ def shift_conv2d_forward_triton(
     input, weight = in_memory_format(input, memory_format), weight.contiguous()
     pixels = batch * out_height * out_width
     factors = arithmetic(input.dtype)
-    limit = limits(input.dtype, factors["PRECISION"], channels_last, channels, filters)
+    limit = limits(
+        input.dtype, factors["PRECISION"], False, channels, filters
+    )  # in no layout 16 bytes at once
     tile = tiling(limit, pixels, filters, 1, channels)
     pixel_blocks = triton.cdiv(pixels, tile["PIXELS"])
     with on_device_of(input):
