@@ -15,16 +15,11 @@ namespace fastconv {
 // The offsets of up to Size channels. An Offset holds them limited to the image's size.
 template <typename Offset, int Size>
 struct OffsetTable {
+  static constexpr int channels = Size;
   struct alignas(2 * sizeof(Offset)) {
     Offset dh, dw;
   } at[Size];
 };
-
-// Whether an Offset can hold those of these images.
-template <typename Offset>
-bool holds_offsets(const Conv2dShape& s) {
-  return std::max(s.in_height, s.in_width) <= std::numeric_limits<Offset>::max();
-}
 
 // The table of `count` channels from `first` on; offsets: (in_channels, 2).
 template <typename Offset, int Size>
@@ -35,6 +30,15 @@ OffsetTable<Offset, Size> offset_table(const int64_t* offsets, int64_t first, in
     table.at[i] = {Offset(limited(offsets[2 * (first + i)], s.in_height)),
                    Offset(limited(offsets[2 * (first + i) + 1], s.in_width))};
   return table;
+}
+
+// use(table) with the table of all channels, a small one for small layers; false where none can hold them.
+template <typename Use>
+bool with_table(const int64_t* offsets, const Conv2dShape& s, const Use& use) {
+  if (s.in_channels > 4096 || std::max(s.in_height, s.in_width) > std::numeric_limits<int16_t>::max())
+    return false;
+  if (s.in_channels <= 512) return use(offset_table<int16_t, 512>(offsets, 0, s.in_channels, s));
+  return use(offset_table<int16_t, 4096>(offsets, 0, s.in_channels, s));
 }
 
 }  // namespace fastconv

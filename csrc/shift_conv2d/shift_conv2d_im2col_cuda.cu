@@ -40,17 +40,14 @@ bool shift_conv2d_im2col_forward_cuda(const T* input, const int64_t* offsets, co
                                       const Conv2dEpilogue<T>& epilogue, T* output, const Conv2dShape& shape,
                                       void* stream) {
   const Conv2dPass pass = conv2d_pass(shape, false);
-  const auto launch = [&]<int Channels>() {  // small layers pass a small table
-    const auto table = offset_table<int16_t, Channels>(offsets, 0, shape.in_channels, shape);
+  return with_table(offsets, shape, [&]<typename Table>(const Table& table) {
     with_im2col_tile<T>(pass, [&]<int Filters, int FilterThreads>(unsigned blocks, size_t shared_bytes) {
-      FASTCONV_LAUNCH((shift_conv2d_im2col_forward_kernel<T, Filters, FilterThreads, Channels>), blocks,
-                      im2col_threads, shared_bytes, stream, input, weight, epilogue, output, pass,
+      FASTCONV_LAUNCH((shift_conv2d_im2col_forward_kernel<T, Filters, FilterThreads, Table::channels>),
+                      blocks, im2col_threads, shared_bytes, stream, input, weight, epilogue, output, pass,
                       is_packed(epilogue, output, pass), table);
     });
-  };
-  if (shape.in_channels > 4096 || !holds_offsets<int16_t>(shape)) return false;
-  shape.in_channels <= 512 ? launch.template operator()<512>() : launch.template operator()<4096>();
-  return true;
+    return true;
+  });
 }
 
 #define FASTCONV_INSTANTIATE(T)                      \
