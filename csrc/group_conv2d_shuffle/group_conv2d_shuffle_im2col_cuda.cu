@@ -5,7 +5,7 @@
 // One block: 128 pixels by 64 filters of a group (or 256 by 16).
 // Bytes: those of the convolution, to the byte. In contiguous images the stores are as coalesced as its own;
 //   in channels_last ones neighbouring lanes write channels that lie G apart, one at a time, and blocks of
-//   other groups write those between soon after, so that the L2 cache makes whole lines of them.
+//   other groups write those between soon after, which the L2 cache can join to whole lines.
 // Before it: convolution, then a kernel that reads and writes the whole result once more.
 // Limits: as conv2d_im2col_cuda.cu.
 

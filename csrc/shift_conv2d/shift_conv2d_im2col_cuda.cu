@@ -3,11 +3,10 @@
 // Formula: result (pixels, filters) = columns (pixels, C) * weights (C, filters); column c is channel c, from
 //   its offset on. A column of conv2d_im2col_cuda.cu starts at its tap in just this way.
 // One block: 128 pixels by 64 filters (or 256 by 16).
-// Bytes: those of the 1x1 convolution, but for values that were shifted out, which nobody reads. In
-// contiguous
-//   images a warp's loads stay rows; in channels_last ones neighbouring channels come from different pixels.
+// Bytes: those of the 1x1 convolution, but for values that were shifted out, which nobody reads. A warp's
+//   loads stay rows in contiguous images; in channels_last ones neighbouring channels come from other pixels.
 // Before it (plain): each result fetched all its channels by itself; here 64 filters share what is fetched.
-// Limits: 4096 channels, images of 32767 rows and columns; 2-byte values are copied one by one.
+// Limits: at most 4096 channels, and images of 32767 rows and columns; 2-byte values are copied one by one.
 
 #include "../conv2d/conv2d_im2col_pass_cuda.h"
 #include "shift_conv2d_cuda.h"

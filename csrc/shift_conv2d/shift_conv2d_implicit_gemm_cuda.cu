@@ -1,13 +1,13 @@
-// Shift with 1x1 convolution on the tensor cores (mma.sync m16n8k16): the shift is where a channel is copied
-// from.
+// Shift with 1x1 convolution on the tensor cores (mma.sync m16n8k16).
 //
 // Formula: result (pixels, filters) = shifted source (pixels, C) * weights (C, filters).
-// One block: 128 pixels by 64 (or 32) filters, in the kernel of conv2d_implicit_gemm_cuda.cu.
+// One block: 128 pixels by 64 (or 32) filters, in the kernel of conv2d_implicit_gemm_cuda.cu; the shift is
+//   where a channel is copied from.
 // Bytes: those of the 1x1 convolution, but for values that were shifted out, which nobody reads.
 // Before it (im2col): multiplications one by one in float32.
-// Limits: float16, bfloat16; channels and filters multiples of 8; 4096 channels, images of 32767 rows and
-//   columns. In channels_last images 8 channels are copied at once where every 8 have one offset (a padded
-//   or sorted table); else, and in contiguous ones, values go through registers in pairs.
+// Limits: float16, bfloat16; channels and filters multiples of 8; at most 4096 channels, and images of 32767
+//   rows and columns. In channels_last images 8 channels are copied at once if each 8 share an offset, all
+//   through the table; else, and in contiguous ones, values go through registers in pairs.
 
 #include "../conv2d/conv2d_implicit_gemm_pass_cuda.h"
 #include "shift_conv2d_cuda.h"
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(gemm_threads, 1)
                                               Conv2dPass pass, GemmTiling t,
                                               const OffsetTable<int16_t, Channels> table) {
   implicit_gemm_convolve<BlockFilters>(source, weight, epilogue, result, pass, t, [&](const GemmStage<T>& s) {
-    const auto at = [&](int p, int channel, bool& active) {
+    const auto at = [&](int p, int channel, bool& active) {  // of the stage
       const int c = s.chunk + channel;
       active = c < pass.source_group;
       const int dh = table.at[active ? c : 0].dh, dw = table.at[active ? c : 0].dw;
