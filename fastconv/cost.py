@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from .nn.shift2d import Shift2d
+from .nn.shift_conv2d import ShiftConv2d
 
 Pair = tuple[int, int]
 
@@ -398,8 +399,8 @@ def _grow(module: Any, field: _Field, input_shape: Sequence[int], output_shape: 
         field = field.window(reach, (1, 1), size)
         finer = (max(1, step // s) for step, s in zip(field.step, module.stride))
         return _Field(field.extent, tuple(finer), size)
-    if isinstance(module, Shift2d):
-        return field.window(module.extent, (1, 1), size)
+    if isinstance(module, (Shift2d, ShiftConv2d)):
+        return field.window(module.extent, getattr(module, "stride", (1, 1)), size)
     if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
         kernel, dilation, stride = _geometry(module)
         return field.window(tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation)), stride, size)

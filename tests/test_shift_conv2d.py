@@ -46,6 +46,11 @@ GEOMETRY = [
     Case((1, 7, 9, 1), 3, offsets="scattered", activation="relu"),
     Case((0, 9, 3, 3), 2),
     Case((1, 27, 8, 8), 16, activation="silu"),
+    # channels and filters are multiples of 8, as tensor cores read them
+    Case((1, 16, 5, 6), 8),
+    Case((2, 72, 4, 5), 16, stride=2, offsets="scattered"),
+    Case((1, 24, 3, 4), 40, activation="silu"),
+    Case((1, 8, 7, 3), 8, stride=(1, 2), offsets="far"),
 ]
 # Around the widths of vectors, blocks and tiles; runs of channels with one offset, and none.
 CHANNELS = (1, 8, 15, 16, 17, 31, 33, 72, 135, 144, 153)
@@ -69,6 +74,7 @@ MIXED = [
     Case((2, 9, 5, 6), 7),
     Case((2, 20, 7, 8), 16, stride=(2, 1), offsets="scattered"),
     Case((1, 12, 4, 9), 6, stride=2, offsets="far"),
+    Case((1, 16, 4, 5), 24, stride=(1, 2), offsets="scattered"),
 ]
 SMALL = [Case((1, 9, 3, 4), 3), Case((1, 6, 5, 3), 2, stride=(2, 1), offsets="far")]
 FEW = [*SMALL, *GEOMETRY[:4], GEOMETRY[8], Case((1, 17, 4, 3), 18, offsets="scattered")]
@@ -150,7 +156,7 @@ def test_is_the_composition(case, layout, run):
 
 @each(
     own,
-    case=([MIXED[0], MIXED[0].replace(stride=2), MIXED[1]], SMALL[:1]),
+    case=([MIXED[0], MIXED[0].replace(stride=2), MIXED[1], MIXED[3]], SMALL[:1]),
     layout=(DENSE, DENSE[1:]),
     value=([math.nan, -math.inf], [math.nan]),
 )
@@ -163,9 +169,9 @@ def test_nan_and_infinity_propagate(case, value, layout, run):
     check_not_finite(run, case, case.call(shift_conv2d, tensors, **run.keywords), expected)
 
 
-@each(own, case=([LARGE[0], MIXED[1]], SMALL[1:]), layout=(DENSE, DENSE))
+@each(own, case=([LARGE[0], MIXED[1], MIXED[3]], SMALL[1:]), layout=(DENSE, DENSE))
 def test_same_bits_for_any_thread_count(case, layout, run, threads):
-    case = MIXED[1] if run.stands_in else case
+    case = MIXED[3] if run.stands_in else case
     given = cached_problem(case, dtype_for(run), layout, grad_output=layout)
 
     def bits():
@@ -197,14 +203,18 @@ LEAST, MOST = -(2**63), 2**63 - 1
 @pytest.mark.parametrize("run", own, ids=str)
 def test_any_shape_and_offsets(run):
     size = st.integers(1, 4 if run.slow else 20)
+    channels, filters = st.integers(1, 6 if run.slow else 40), st.integers(1, 20)
+    dtypes = [torch.float64, torch.float32]
+    if dtype_for(run) == torch.float16:
+        channels, filters, dtypes = *[st.sampled_from([8, 16, 24])] * 2, [torch.float16]
 
     @hypothesis.settings(max_examples=5 if run.slow else 15 if run.stands_in else 80)
     @hypothesis.given(
-        st.tuples(st.integers(0, 2), st.integers(1, 6 if run.slow else 40), size, size),
-        st.integers(1, 20),
+        st.tuples(st.integers(0, 2), channels, size, size),
+        filters,
         st.tuples(st.integers(1, 4), st.integers(1, 4)),
         st.sampled_from(list(LAYOUTS)),
-        st.sampled_from([torch.float64, torch.float32]),
+        st.sampled_from(dtypes),
         st.data(),
     )
     def property(shape, filters, stride, layout, dtype, data):
@@ -225,49 +235,51 @@ def test_any_shape_and_offsets(run):
 # What the operator does beside the arithmetic; its gradients' gradients are in test_conv2d_autograd.py.
 
 
-@pytest.mark.parametrize("run", own, ids=str)
+@pytest.mark.parametrize("run", [run for run in own if dtype_for(run) != torch.float16], ids=str)
 def test_vmap_over_offsets(run):
     case = SMALL[0]
-    input, weight, bias = (t for t in problem(case, torch.float64).tensors.values())
+    input, weight, bias = problem(case, torch.float64).tensors.values()
     offsets = torch.stack([case.shift, -case.shift, 2 * case.shift])
     mapped = vmap(lambda o: shift_conv2d(input, o, weight, bias, **run.keywords))(offsets)
     for i, one in enumerate(offsets):
         assert_close(mapped[i], shift_conv2d_reference(input, one, weight, bias), torch.float64, 20)
 
 
-@pytest.mark.parametrize("layout", [*DENSE, "channels_last_channel_slice", "expanded_channels"])
-@pytest.mark.parametrize("run", own, ids=str)
-def test_strides_are_the_fakes(run, layout):
+@each(
+    own,
+    layout=([*DENSE, "channels_last_channel_slice", "expanded_channels"], ["channels_last"]),
+    case=([SMALL[1], Case((3, 9, 1, 1), 2), Case((2, 4, 3, 3), 1)], [SMALL[1]]),
+)
+def test_strides_are_the_fakes(case, layout, run):
     """torch.compile plans memory by the fake's strides, and crashes on others."""
-    for case in (SMALL[1], Case((3, 9, 1, 1), 2), Case((2, 4, 3, 3), 1)):
-        tensors, *_ = problem(case, dtype_for(run), layout)
-        mode = FakeTensorMode()
+    tensors, *_ = problem(case, dtype_for(run), layout)
+    mode = FakeTensorMode()
 
-        def output(convert, case=case, tensors=tensors):
-            given = [convert(tensors[name]) for name in case.names]
-            operands = case.operands(given, run.algorithm)
-            return run.operator(OP)(operands[0], convert(operands[1]), *operands[2:])
+    def output(convert):
+        given = [convert(tensors[name]) for name in case.names]
+        input, offsets, *rest = case.operands(given, run.algorithm)
+        return run.operator(OP)(input, convert(offsets), *rest)
 
-        real, fake = output(lambda t: t), output(mode.from_tensor)
-        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+    real, fake = output(lambda t: t), output(mode.from_tensor)
+    assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the emulator")
 @pytest.mark.parametrize("layout", DENSE)
-@pytest.mark.parametrize("algorithm", ["im2col", "plain"])
+@pytest.mark.parametrize("algorithm", ["implicit_gemm", "im2col", "plain"])
 def test_bytes_are_those_of_the_convolution(algorithm, layout):
     """Without offsets those of the 1x1 convolution; with them less, for nothing outside is read."""
-    case = Case((1, 36, 8, 9), 40)
-    given = cached_problem(case, torch.float32, layout)
+    case, dtype = Case((1, 40, 8, 9), 48), torch.float16
+    given = cached_problem(case, dtype, layout)
     input, weight, bias = (given.tensors[name] for name in case.names)
     run = {"backend": "emulator", "algorithm": algorithm}
     nowhere = torch.zeros_like(case.shift)
     still = global_bytes(lambda: shift_conv2d(input, nowhere, weight, bias, **run))
     moved = global_bytes(lambda: shift_conv2d(input, case.shift, weight, bias, **run))
-    if algorithm == "im2col":
+    if algorithm != "plain":
         assert still == global_bytes(lambda: conv2d(input, weight, bias, **run))
     inside = shift2d_reference(torch.ones_like(input), case.shift).sum().item()
-    times = (still[0] - moved[0]) / (4 * (input.numel() - inside))  # that a value is read
+    times = (still[0] - moved[0]) / (dtype.itemsize * (input.numel() - inside))  # that a value is read
     assert times == int(times) >= 1 and moved[1] == still[1] == given.grad_output.nbytes
 
 

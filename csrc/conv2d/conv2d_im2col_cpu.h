@@ -1,5 +1,5 @@
-// One pass of convolution by blocked im2col, shared by forward, the transposed convolution and what else
-// reads or writes its channels in another order.
+// One pass of convolution by blocked im2col, shared by forward, the transposed convolution, shift_conv2d and
+// group_conv2d_shuffle.
 #pragma once
 
 #include "conv2d_direct_cpu.h"
@@ -7,11 +7,11 @@
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
 struct Im2colPass : DirectPass {
-  bool shuffled =
-      false;  // group_conv2d_shuffle's: filter k of group g is channel k * groups + g of the output
   // shift_conv2d's (channels read, 2), rows (dh, dw), or null: a place in the image for each channel, instead
   // of the taps.
   const int64_t* offsets = nullptr;
+  // group_conv2d_shuffle's: filter k of group g is channel k * groups + g of the output.
+  bool shuffled = false;
 };
 
 // Packed weights: for each group and phase (to_group, from_group, taps of the phase).

@@ -10,6 +10,7 @@ namespace fastconv::FASTCONV_CPU_CAPABILITY {
 inline constexpr int64_t most_lines = 2560;  // of a panel: 640 KB with AVX-512
 inline constexpr int64_t least_items = 8;    // for threads to share
 inline constexpr int64_t ask_lines = 16;     // computed between two asks for memory
+inline constexpr int64_t few_filters = 24;
 
 template <typename T>
 class Im2col {
@@ -70,7 +71,7 @@ class Im2col {
       for (worker.group = first; worker.group < first + groups_; ++worker.group)
         for (int64_t c = 0; c == 0 || c < pass_.from_group; c += channels) {
           const int64_t c_end = std::min(pass_.from_group, c + channels);
-          gather(worker, c, c_end);
+          if (!read_in_place(worker, c)) gather(worker, c, c_end);
           prefetch(worker, c_end - c, c_end == pass_.from_group);
           with_constant<1, most_vectors>(ceil_div(worker.pixels, L),
                                          [&](auto vectors) { multiply<vectors>(worker, c, c_end); });
@@ -99,6 +100,8 @@ class Im2col {
   struct Worker {
     A *columns, *sums;
     const T* zeros;
+    const A* lines = nullptr;  // the columns, or what stands in for them, `line_step` apart
+    int64_t line_step = 0;
     const Phase* phase = nullptr;
     int64_t group = 0, filter = 0, filter_end = 0, pixels = 0;
     PrefetchRuns next = {};
@@ -197,6 +200,23 @@ class Im2col {
         last_ ? (run.image * in_pixels_ + pixel) * in_channels_
               : run.image * in_channels_ * in_pixels_ + pixel);
     add(inside.end, run.count, padding);
+  }
+
+  // Whether the lines can be read where they lie: pixels side by side in each plane. For few filters alone:
+  // planes lie in as many pages, which gathering visits once, and each block of filters again.
+  bool read_in_place(Worker& worker, int64_t c) const {
+    worker.lines = worker.columns, worker.line_step = width;
+    if constexpr (std::is_same_v<T, A>) {
+      if (last_ || pass_.offsets || lines_of(*worker.phase) != 1 || pass_.geometry.stride_width != 1 ||
+          worker.filter_end - worker.filter > few_filters)
+        return false;
+      const std::vector<Piece>& pieces = worker.pieces[0];
+      if (pieces.size() != 1 || pieces[0].at == padding || worker.pixels % L != 0) return false;
+      worker.lines = input_ + pieces[0].at + (worker.group * pass_.from_group + c) * in_pixels_;
+      worker.line_step = in_pixels_;
+      return true;
+    }
+    return false;
   }
 
   // The columns of channels [c, c_end) of the group: (channels, lines of a channel, width).
@@ -341,7 +361,8 @@ class Im2col {
       const A* values[R];
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) values[r] = rows[r] + k;
-      multiply_add(sum, values, 1, worker.columns + k * width, width, std::min(ask_lines, count - k));
+      multiply_add(sum, values, 1, worker.lines + k * worker.line_step, worker.line_step,
+                   std::min(ask_lines, count - k));
     }
     if (last_ || c_end < pass_.from_group) {
 #pragma GCC unroll 6

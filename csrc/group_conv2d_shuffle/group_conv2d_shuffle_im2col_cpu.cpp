@@ -14,7 +14,7 @@ template <typename T>
 void group_conv2d_shuffle_im2col_forward_cpu(const T* input, const accumulate_t<T>* packed,
                                              const Conv2dEpilogue<T>& epilogue, T* output,
                                              const Conv2dShape& s, ParallelFor threads) {
-  im2col_convolve(input, packed, epilogue, output, {direct_forward(s), true}, threads);
+  im2col_convolve(input, packed, epilogue, output, {direct_forward(s), nullptr, true}, threads);
 }
 
 #define FASTCONV_INSTANTIATE(T)                          \

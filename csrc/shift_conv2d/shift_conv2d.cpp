@@ -10,13 +10,16 @@ template <typename T>
 void run(Cpu, const std::optional<std::string>& algorithm, const Tensor& input, const int64_t* offsets,
          const Tensor& weight, const std::optional<Tensor>& packed, const Conv2dEpilogue<T>& epilogue,
          const Tensor& output, const Conv2dShape& shape) {
-  const std::string variant = chosen(algorithm, {"im2col", "plain"});
+  const std::string variant = chosen(algorithm, {"im2col", "direct", "plain"});
   const Tensor kept =
       Cpu::packed_weight<T>(Cpu::find<Conv2dCpuVariant<T>>(variant, shape), packed, weight, shape);
   const auto* weights = const_data<accumulate_t<T>>(kept);
   const T* images = const_data<T>(input);
   T* result = mutable_data<T>(output);
-  if (variant == "im2col") {
+  if (variant == "direct") {
+    FASTCONV_CALL_CPU(
+        shift_conv2d_direct_forward_cpu<T>(images, offsets, weights, epilogue, result, shape, torch_threads));
+  } else if (variant == "im2col") {
     FASTCONV_CALL_CPU(
         shift_conv2d_im2col_forward_cpu<T>(images, offsets, weights, epilogue, result, shape, torch_threads));
   } else {
@@ -33,7 +36,7 @@ void run(Cuda, const std::optional<std::string>& algorithm, const Tensor& input,
     const char* name;
     decltype(&shift_conv2d_im2col_forward_cuda<T>) forward;
   };
-  const std::vector<Variant> variants = {{"im2col", shift_conv2d_im2col_forward_cuda<T>},
+  const std::vector<Variant> variants = {{"implicit_gemm", shift_conv2d_implicit_gemm_forward_cuda<T>}, {"im2col", shift_conv2d_im2col_forward_cuda<T>},
                                          {"plain", shift_conv2d_plain_forward_cuda<T>}};
   Cuda::check_not_packed(packed);
   const Tensor dense = as_contiguous(weight);

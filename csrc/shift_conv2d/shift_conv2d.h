@@ -19,7 +19,8 @@ namespace fastconv {
       const T* input, const int64_t* offsets, const accumulate_t<T>* packed, \
       const Conv2dEpilogue<T>& epilogue, T* output, const Conv2dShape& shape, ParallelFor threads);
 
-FASTCONV_DECLARE_CPU(FASTCONV_SHIFT_CONV2D_CPU(im2col) FASTCONV_SHIFT_CONV2D_CPU(plain))
+FASTCONV_DECLARE_CPU(FASTCONV_SHIFT_CONV2D_CPU(direct) FASTCONV_SHIFT_CONV2D_CPU(im2col)
+                         FASTCONV_SHIFT_CONV2D_CPU(plain))
 
 // As conv2d.h has it: false, and nothing done, where a kernel does not serve a shape. `offsets` are in the
 // CPU's memory, and need not outlive the call.
@@ -29,6 +30,7 @@ FASTCONV_DECLARE_CPU(FASTCONV_SHIFT_CONV2D_CPU(im2col) FASTCONV_SHIFT_CONV2D_CPU
                                              const Conv2dEpilogue<T>& epilogue, T* output,            \
                                              const Conv2dShape& shape, void* stream);
 
+FASTCONV_SHIFT_CONV2D_CUDA(implicit_gemm)
 FASTCONV_SHIFT_CONV2D_CUDA(im2col)
 FASTCONV_SHIFT_CONV2D_CUDA(plain)
 

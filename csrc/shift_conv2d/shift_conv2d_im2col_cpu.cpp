@@ -4,6 +4,7 @@
 //   channel at those pixels, and comes from the place that the channel's offset names. In contiguous images
 //   that is another address; in channels_last ones, channels side by side with one offset are read together.
 // Bytes: those of the 1x1 convolution without a shift.
+// Before it: plain asks for each value whether it is inside.
 // Limits: as conv2d_im2col_cpu.cpp; channels_last with neighbours of different offsets reads channel by
 //   channel.
 #include "../conv2d/conv2d_im2col_cpu.h"
@@ -15,7 +16,7 @@ template <typename T>
 void shift_conv2d_im2col_forward_cpu(const T* input, const int64_t* offsets, const accumulate_t<T>* packed,
                                      const Conv2dEpilogue<T>& epilogue, T* output, const Conv2dShape& s,
                                      ParallelFor threads) {
-  im2col_convolve(input, packed, epilogue, output, {direct_forward(s), false, offsets}, threads);
+  im2col_convolve(input, packed, epilogue, output, {direct_forward(s), offsets}, threads);
 }
 
 #define FASTCONV_INSTANTIATE(T)                                                                   \

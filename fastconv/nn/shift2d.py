@@ -53,9 +53,7 @@ class Shift2d(nn.Module):
         self.backend = backend
         self.given = offsets is not None
         self.offsets = offsets_of(self.channels, self.kernel_size, self.dilation, offsets)
-        rows, columns = zip(*self.offsets.tolist())
-        # The rows and columns that an output's channels come from, all together.
-        self.extent = max(rows) - min(rows) + 1, max(columns) - min(columns) + 1
+        self.extent = extent_of(self.offsets)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return shift2d(input, self.offsets, backend=self.backend)
@@ -94,3 +92,9 @@ def offsets_of(
     counts[places // 2] += channels % places
     place = torch.repeat_interleave(torch.arange(places), counts)
     return torch.stack([(place // width - height // 2) * dh, (place % width - width // 2) * dw], dim=1)
+
+
+def extent_of(offsets: torch.Tensor) -> tuple[int, int]:
+    """The rows and columns that an output's channels come from, all together."""
+    rows, columns = zip(*offsets.tolist())
+    return max(rows) - min(rows) + 1, max(columns) - min(columns) + 1

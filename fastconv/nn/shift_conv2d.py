@@ -13,7 +13,7 @@ from ..ops._arguments import pair
 from ..ops.shift_conv2d import shift_conv2d
 from ._convolution import Convolution, check_algorithm
 from ._rules import check_backend
-from .shift2d import offsets_of
+from .shift2d import extent_of, offsets_of
 
 
 class ShiftConv2d(Convolution, nn.Conv2d):
@@ -26,8 +26,8 @@ class ShiftConv2d(Convolution, nn.Conv2d):
     Args:
         in_channels: channels C of the input ``(N, C, H, W)`` or ``(C, H, W)``.
         out_channels: filters.
-        kernel_size: of the window, KH x KW, odd; one integer or two. Channels are assigned to its places as in
-            :class:`Shift2d`.
+        kernel_size: of the window, KH x KW, odd; one integer or two. Channels go to its places as in
+            :class:`Shift2d`. The module's own ``kernel_size`` is the weight's, 1x1.
         stride: pixels between outputs; one integer or two.
         dilation: pixels between the window's places; one integer or two.
         bias, device, dtype: as in ``torch.nn.Conv2d``.
@@ -72,6 +72,7 @@ class ShiftConv2d(Convolution, nn.Conv2d):
         )
         self.window, self.given = pair("kernel_size", kernel_size), offsets is not None
         self.offsets = offsets_of(self.in_channels, self.window, pair("dilation", dilation), offsets)
+        self.extent = extent_of(self.offsets)
         self.activation = activation
         self.backend = backend
         self.algorithm = algorithm
@@ -93,7 +94,7 @@ class ShiftConv2d(Convolution, nn.Conv2d):
     def kernel(self, input: torch.Tensor) -> tuple[str, str | None]:
         """The backend and the algorithm that run on an input; raises BackendError if a named one cannot."""
         images, _ = self._images(input)
-        return self._kernel(images)
+        return self._kernel(images, self.stride)
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), "offsets=..." if self.given else f"window={self.window}"])

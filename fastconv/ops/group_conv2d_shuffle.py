@@ -11,6 +11,7 @@ from ..backends import Choice
 from . import _convolution, _plans, channel_shuffle, conv2d
 from ._activation import FROM_OUTPUT, activation_backward
 from ._arguments import check_tensor, integer, padding_sides, pair
+from ._conv2d_choice import gradients_algorithm
 from ._operator import (
     Operator,
     as_memory_format,
@@ -168,7 +169,9 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     grad = channel_shuffle.operator(ctx.backend, grad, weight.shape[0] // ctx.geometry[-1], None)
     need = ctx.needs_input_grad
     needed = (need[0], need[1], ctx.has_bias and need[2])
-    grads = conv2d.gradients(ctx.backend, grad, input, weight, ctx.geometry, ctx.algorithm, needed)
+    stride, _, _, groups = ctx.geometry
+    algorithm = gradients_algorithm(ctx.backend, ctx.algorithm, input, weight, stride, groups)
+    grads = conv2d.gradients(ctx.backend, grad, input, weight, ctx.geometry, algorithm, needed)
     return *grads, *[None] * 7
 
 

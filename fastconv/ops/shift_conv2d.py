@@ -11,6 +11,7 @@ from ..backends import Choice
 from . import _convolution, _plans, conv2d, shift2d
 from ._activation import FROM_OUTPUT, activation_backward
 from ._arguments import check_tensor, pair
+from ._conv2d_choice import gradients_algorithm
 from ._operator import (
     Operator,
     as_memory_format,
@@ -64,8 +65,9 @@ def shift_conv2d(
         stride: pixels between outputs, an integer or ``(height, width)``.
         activation: None, ``"relu"``, ``"relu6"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
         backend: see :mod:`fastconv.backends`; None takes the measured best.
-        algorithm: a kernel of the backend: ``"im2col"``, ``"plain"`` on the CPU; ``"im2col"``, ``"plain"`` in
-            CUDA; ``"pointwise"`` in Triton.
+        algorithm: a kernel of the backend: ``"direct"``, ``"im2col"``, ``"plain"`` on the
+            CPU; ``"implicit_gemm"`` (float16, bfloat16), ``"im2col"``, ``"plain"`` in CUDA;
+            ``"pointwise"`` in Triton.
 
     Returns:
         ``(N, M, E, F)``, ``E = floor((H - 1) / s) + 1``.
@@ -88,9 +90,10 @@ def shift_conv2d(
         stride = pair("stride", stride)
         check_tensor("weight", weight, rank=4, like=input)
         _check(input, offsets, weight, bias, None, stride, activation, None)
-        backend = choose(backend, algorithm, input)
+        backend = choose(backend, algorithm, input, weight, stride)
         if backend == "cpu" and algorithm is None:
-            algorithm = "im2col"
+            as_pixels = memory_format_of(input) == torch.channels_last and tuple(stride) == (1, 1)
+            algorithm = "direct" if as_pixels else "im2col"
         plan = _plans.keep(key, (backend, algorithm, stride))
     backend, algorithm, stride = plan
     if backend == "reference":
@@ -100,15 +103,22 @@ def shift_conv2d(
     return operator(backend, input, offsets, weight, bias, packed, stride, activation, algorithm)
 
 
+def _why_not(backend, algorithm, input, weight, stride, *_) -> str | None:
+    if algorithm == "implicit_gemm":
+        return _convolution.why_not(backend, algorithm, input, weight, *_geometry(stride))
+    return None
+
+
 choose = Choice(
     "shift_conv2d",
     algorithms={
-        "cpu": ("im2col", "plain"),
-        "cuda": ("im2col", "plain"),
-        "emulator": ("im2col", "plain"),
+        "cpu": ("direct", "im2col", "plain"),
+        "cuda": ("implicit_gemm", "im2col", "plain"),
+        "emulator": ("implicit_gemm", "im2col", "plain"),
         "triton": ("pointwise",),
         "reference": (),
     },
+    why_not=_why_not,
 )
 
 
@@ -158,7 +168,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     need_input, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     shifted = shift2d.operator(ctx.backend, input, offsets, None) if need_weight else input
     needed = (need_input, need_weight, ctx.has_bias and need_bias)
-    algorithm = ctx.algorithm if ctx.algorithm != "plain" or ctx.backend == "cpu" else None
+    algorithm = gradients_algorithm(ctx.backend, ctx.algorithm, input, weight, ctx.stride, 1)
     grad_input, grad_weight, grad_bias = conv2d.gradients(
         ctx.backend, grad, shifted, weight, _geometry(ctx.stride), algorithm, needed
     )
