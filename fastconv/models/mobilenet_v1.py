@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..nn import DepthwiseConv2d
+from ._layers import initialize
 from ._registry import register
 
 # (filters, stride) of each separable block, at width 1.
@@ -37,12 +38,7 @@ class MobileNetV1(nn.Module):
             channels = filters
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-                nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-        nn.init.normal_(self.classifier[1].weight, std=0.01)
-        nn.init.zeros_(self.classifier[1].bias)
+        initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.features(x)

@@ -4,10 +4,12 @@ from ._rules import Rule, rule_for, rules
 from .channel_shuffle import ChannelShuffle
 from .conv2d import Conv2d
 from .conv_transpose2d import ConvTranspose2d
+from .csc import CSC
 from .depthwise_conv2d import DepthwiseConv2d
 from .shift2d import Shift2d
 
 __all__ = [
+    "CSC",
     "ChannelShuffle",
     "Conv2d",
     "ConvTranspose2d",
