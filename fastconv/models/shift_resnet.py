@@ -57,9 +57,9 @@ def shift_resnet(
 ) -> CifarResNet:
     """ShiftResNet for CIFAR with fresh weights: 0.03 M parameters at depth 20 and expansion 1.
 
-    In the table of networks these are ``shift_resnet20``, ``shift_resnet56`` and ``shift_resnet110``. They have
-    fewer parameters and MACs than their ResNets at the expansions 1, 3 and 6, and a few more at 9, as in the
-    paper's table.
+    In the table of networks these are ``shift_resnet20``, ``shift_resnet56`` and ``shift_resnet110``. At the
+    expansions 1, 3 and 6 they have fewer parameters and MACs than their ResNets; at 9, as published, 2 or 3 %
+    more parameters.
 
     Args:
         depth: layers of the ResNet that it stands for, 6n + 2.

@@ -100,11 +100,11 @@ def tsm_resnet(
     fold_div: int = 8,
     plain: bool = False,
 ) -> TSMResNet:
-    """ResNet for video with fresh weights: in each block's branch, frames exchange channels with their neighbours.
+    """ResNet for video with fresh weights: in each block's branch, frames exchange channels.
 
-    Parameters and MACs of a frame are the ResNet's. Logits are the mean over the frames. Parameters are named as
-    torchvision's ResNets, so that checkpoints trained on images load (with their ``num_classes``); those of the
-    authors' repository load as well. In the table of networks these are ``tsm_resnet18`` and ``tsm_resnet50``.
+    Parameters, and MACs of a frame, are the ResNet's. The logits are the mean over the frames. Parameters are
+    named as torchvision's ResNets', so that checkpoints trained on images load (with their ``num_classes``);
+    the authors' own load, too. In the table of networks these are ``tsm_resnet18`` and ``tsm_resnet50``.
 
     Args:
         depth: layers: 18 or 50.
