@@ -1,8 +1,12 @@
 """The networks: published figures, and the same network with and without this library."""
 
+import collections
 import copy
+import json
 import math
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from fastconv import cli, models
 from fastconv.cli.compare import calibrate
 from fastconv.nn import DepthwiseConv2d
 
+SHAPES = Path(__file__).parents[1] / "benchmarks/shapes"
 # Every family at a size that runs in a moment: name, options, input.
 SMALL = {
     "mobilenet_v1": ("mobilenet_v1", {"width": 0.25, "num_classes": 10, "in_channels": 1}, (4, 1, 32, 32)),
@@ -72,6 +77,48 @@ def test_resnet_parameters(name, count):
         assert parameters(models.create(name)) == count
 
 
+@pytest.mark.parametrize("depth, kind", [(18, "basic"), (50, "bottleneck")])
+def test_resnet_is_the_one_of_transformers(depth, kind, monkeypatch):
+    """Their checkpoints come from the same source as torchvision's; only the names differ."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = [256, 512, 1024, 2048] if depth == 50 else [64, 128, 256, 512]
+    repeats = [3, 4, 6, 3] if depth == 50 else [2, 2, 2, 2]
+    config = transformers.ResNetConfig(layer_type=kind, depths=repeats, hidden_sizes=sizes, num_labels=10)
+    theirs = transformers.ResNetForImageClassification(config).eval()
+    randomize_norms(theirs)
+    rules = [
+        (r"resnet\.embedder\.embedder\.convolution", "conv1"),
+        (r"resnet\.embedder\.embedder\.normalization", "bn1"),
+        (r"resnet\.encoder\.stages\.(\d)\.layers", lambda m: f"layer{int(m[1]) + 1}"),
+        (r"shortcut\.convolution", "downsample.0"),
+        (r"shortcut\.normalization", "downsample.1"),
+        (r"layer\.(\d)\.convolution", lambda m: f"conv{int(m[1]) + 1}"),
+        (r"layer\.(\d)\.normalization", lambda m: f"bn{int(m[1]) + 1}"),
+        (r"classifier\.1", "fc"),
+    ]
+    state = {}
+    for name, value in theirs.state_dict().items():
+        for pattern, ours in rules:
+            name = re.sub(pattern, ours, name)
+        state[name] = value
+    model = models.resnet(depth, num_classes=10).eval()
+    model.load_state_dict(state)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs(x).logits
+        torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def randomize_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+
+
 @pytest.mark.parametrize("name, gigas", [("resnet18", 1.81), ("resnet50", 4.09)])
 def test_resnet_macs(name, gigas):
     """Figures of torchvision's documentation."""
@@ -117,7 +164,7 @@ def test_shufflenet_v1_without_shuffle():
     """It costs as much, and every output of a group reads that group alone."""
     ours, without = (models.shufflenet_v1(0.25, 3, shuffle=shuffle, plain=True) for shuffle in (True, False))
     assert parameters(ours) == parameters(without)
-    assert sum(isinstance(module, nn.ChannelShuffle) for module in ours.modules()) == 15
+    assert sum(isinstance(module, nn.ChannelShuffle) for module in ours.modules()) == 16
     assert not any(isinstance(module, nn.ChannelShuffle) for module in without.modules())
     for model, reached in ((ours, 60), (without, 20)):
         unit = model.eval().stage2[1]
@@ -165,16 +212,20 @@ def test_tsm_costs_what_its_backbone_costs(depth):
     assert (table.macs, table.parameters) == (backbone.macs, backbone.parameters)
 
 
-def test_tsm_of_still_frames():
-    """Where frames are equal, the middle of a clip sees what a network without shift sees."""
-    model = models.tsm_resnet(18, segments=3, num_classes=10).eval()
-    blocks = [m for m in model.modules() if hasattr(m, "shift")]
+@pytest.mark.parametrize("plain", [False, True])
+def test_tsm_shifts_in_the_branch(plain):
+    """A fold of channels comes from the next frame, and one from the last; the link is not shifted."""
+    model = models.tsm_resnet(18, segments=3, num_classes=10, plain=plain).eval()
+    blocks = [module for module in model.modules() if hasattr(module, "shift")]
     assert len(blocks) == 8
-    x = torch.randn(1, 16, 3, 3).expand(3, -1, -1, -1)
-    shifted = blocks[0].shift(x)
-    assert torch.equal(shifted[1], x[1])
-    assert shifted[2, :2].count_nonzero() == 0 and torch.equal(shifted[2, 2:], x[2, 2:])
-    assert shifted[0, 2:4].count_nonzero() == 0 and torch.equal(shifted[0, :2], x[0, :2])
+    x = torch.randn(6, 64, 3, 4)
+    expected = x.unflatten(0, (2, 3)).clone()
+    expected[:, :, :16] = 0
+    expected[:, :2, :8] = x.unflatten(0, (2, 3))[:, 1:, :8]
+    expected[:, 1:, 8:16] = x.unflatten(0, (2, 3))[:, :2, 8:16]
+    assert torch.equal(blocks[0].shift(x), expected.flatten(0, 1))
+    nn.init.zeros_(blocks[0].bn2.weight)
+    assert torch.equal(blocks[0](x), x.relu())
 
 
 @pytest.mark.parametrize("name", ["tsm_resnet18", "stacked_resnet18"])
@@ -237,7 +288,7 @@ def test_modules_of_the_library():
     model = models.create("mobilenet_v1", width=0.25)
     assert sum(isinstance(module, DepthwiseConv2d) for module in model.modules()) == 13
     model = models.create("shufflenet_v1", scale=0.25)
-    assert sum(isinstance(module, fastconv.nn.ChannelShuffle) for module in model.modules()) == 15
+    assert sum(isinstance(module, fastconv.nn.ChannelShuffle) for module in model.modules()) == 16
     model = models.create("shift_resnet20")
     assert sum(isinstance(module, fastconv.nn.CSC) for module in model.modules()) == 9
 
@@ -284,6 +335,43 @@ def test_commands(name, size, settings, capsys):
     finally:
         torch.set_num_threads(threads)
     assert "PyTorch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "file, name, options, size",
+    [
+        ("shufflenet_v1", "shufflenet_v1", {"groups": 3}, 224),
+        ("shufflenet_v1_g8", "shufflenet_v1", {"groups": 8}, 224),
+        ("shift_resnet20", "shift_resnet20", {"expansion": 3}, 32),
+    ],
+)
+def test_benchmarks_have_the_networks_layers(file, name, options, size):
+    model = models.create(name, **options, plain=True)
+    modules, layers = dict(model.named_modules()), collections.Counter()
+    for row in fastconv.cost(model, (3, size, size)).layers:
+        module, (_, *image) = modules[row.name], row.input_shape
+        if isinstance(module, nn.ChannelShuffle):
+            layers[("channel_shuffle", *image, module.groups)] += 1
+        elif isinstance(module, fastconv.nn.Shift2d):
+            layers[("shift2d", *image, module.kernel_size[0])] += 1
+        elif isinstance(module, nn.Conv2d):
+            window = module.kernel_size[0], module.stride[0], module.padding[0]
+            if module.groups == module.in_channels > 1:
+                layers[("depthwise_conv2d", *image, *window)] += 1
+            else:
+                layers[("conv2d", *image, *window, module.groups, module.out_channels)] += 1
+    keys = {
+        "channel_shuffle": ("groups",),
+        "shift2d": ("kernel",),
+        "depthwise_conv2d": ("kernel", "stride", "padding"),
+        "conv2d": ("kernel", "stride", "padding", "groups", "filters"),
+    }
+    shapes, found = json.loads((SHAPES / f"{file}.json").read_text()), collections.Counter()
+    for op, more in keys.items():
+        for row in shapes.get(op, []):
+            row = {"groups": 1, **row}
+            found[(op, *(row[key] for key in ("channels", "height", "width", *more)))] += row["count"]
+    assert found == layers
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "shufflenet_v1", "resnet18"])

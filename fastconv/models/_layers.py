@@ -13,7 +13,7 @@ def conv2d(plain: bool) -> type[nn.Conv2d]:
 
 
 def initialize(model: nn.Module) -> None:
-    """Fresh weights: a convolution and the ReLU after it keep the size of gradients, and classifiers start small.
+    """Fresh weights, under which a convolution and its ReLU keep the size of what they are given.
 
     A filter's fan is that of its group; with a dense layer's, depthwise activations would shrink by sqrt(C).
 

@@ -45,8 +45,8 @@ class ShuffleUnit(nn.Module):
     Args:
         channels, filters: of the input and the output.
         stride: 1 or 2.
-        groups: of both 1x1 convolutions; the network's very first is not grouped.
-        first: whether this is the network's first unit.
+        groups: of both 1x1 convolutions, and of the shuffle between them.
+        dense: whether the first convolution is not grouped after all, as in the network's first unit.
         shuffle: whether channels are shuffled.
         se: whether the output's channels are weighed, see :class:`SqueezeExcite`.
         plain: from ``torch.nn`` alone.
@@ -58,7 +58,7 @@ class ShuffleUnit(nn.Module):
         filters: int,
         stride: int,
         groups: int,
-        first: bool,
+        dense: bool,
         shuffle: bool,
         se: bool,
         plain: bool,
@@ -67,7 +67,9 @@ class ShuffleUnit(nn.Module):
         self.stride = stride
         narrow = _multiple(filters // 4, groups)
         branch = filters - channels if stride == 2 else filters
-        self.conv1, self.shuffle = _conv_shuffle(channels, narrow, 1 if first else groups, shuffle, plain)
+        self.conv1, self.shuffle = _conv_shuffle(
+            channels, narrow, 1 if dense else groups, groups if shuffle else 1, plain
+        )
         self.bn1 = nn.BatchNorm2d(narrow)
         if plain:
             self.conv2 = nn.Conv2d(narrow, narrow, 3, stride, padding=1, groups=narrow, bias=False)
@@ -89,13 +91,13 @@ class ShuffleUnit(nn.Module):
 
 
 def _conv_shuffle(
-    channels: int, filters: int, groups: int, shuffle: bool, plain: bool
+    channels: int, filters: int, groups: int, shuffle_groups: int, plain: bool
 ) -> tuple[nn.Module, nn.Module]:
-    """A 1x1 convolution, and the shuffle that comes next; a dense convolution's output needs none."""
+    """A 1x1 convolution, and the shuffle that comes next."""
     conv = conv2d(plain)(channels, filters, 1, groups=groups, bias=False)
-    if not shuffle or groups == 1:
+    if shuffle_groups == 1:
         return conv, nn.Identity()
-    return conv, nn.ChannelShuffle(groups) if plain else ChannelShuffle(groups)
+    return conv, nn.ChannelShuffle(shuffle_groups) if plain else ChannelShuffle(shuffle_groups)
 
 
 class ShuffleNetV1(nn.Module):
@@ -129,10 +131,8 @@ class ShuffleNetV1(nn.Module):
         for units in UNITS:
             stage = []
             for i in range(units // 2 if shallow else units):
-                first = not stages and i == 0
-                stage.append(
-                    ShuffleUnit(channels, filters, 2 if i == 0 else 1, groups, first, shuffle, se, plain)
-                )
+                stride, dense = 2 if i == 0 else 1, not stages and i == 0
+                stage.append(ShuffleUnit(channels, filters, stride, groups, dense, shuffle, se, plain))
                 channels = filters
             stages.append(nn.Sequential(*stage))
             filters *= 2
