@@ -173,6 +173,25 @@ def test_shufflenet_v1_without_shuffle():
         assert int(x.grad.abs().sum((0, 2, 3)).count_nonzero()) == reached
 
 
+def test_links():
+    """What reaches the output where a branch is silent."""
+    x = torch.randn(2, 16, 5, 6)
+    block = models.cifar_resnet(20).eval().layer2[0]
+    nn.init.zeros_(block.bn2.weight)
+    y = block(x)
+    assert torch.equal(y[:, :16], x[:, :, ::2, ::2].relu()) and y[:, 16:].count_nonzero() == 0
+    block = models.cifar_resnet(20, residual=False).eval().layer2[0]
+    nn.init.zeros_(block.bn2.weight)
+    assert block(x).count_nonzero() == 0
+    x = torch.randn(2, 60, 5, 6)
+    down, same = models.shufflenet_v1(0.25).eval().stage3[:2]
+    for unit in (down, same):
+        nn.init.zeros_(unit.bn3.weight)
+    y = down(x)
+    assert torch.equal(y[:, :60], nn.functional.avg_pool2d(x, 3, 2, 1).relu()) and not y[:, 60:].any()
+    assert torch.equal(same(y - 1), (y - 1).relu())
+
+
 # Parameters in millions of the table of the authors' repository (alvinwan/shiftresnet-cifar), 10 classes.
 @pytest.mark.parametrize(
     "depth, millions",
@@ -236,6 +255,7 @@ def test_video_input(name):
         y = model(x)
         assert y.shape == (3, 10)
         assert torch.equal(model(x.flatten(0, 1)), y)
+        assert model(x[:0]).shape == (0, 10)
         for wrong in (x[:, :1], x.flatten(0, 1)[1:], x[0, 0]):
             with pytest.raises(
                 ValueError, match=r"input must be \(N\*2, C, H, W\) or \(N, 2, C, H, W\), got"
@@ -253,7 +273,10 @@ def test_tsm_loads_checkpoints_of_images_and_of_the_authors():
         if name.startswith("layer"):
             name = name.replace(".conv1.", ".conv1.net.")
         theirs["module." + names.get(name, "base_model." + name)] = value
-    again.load_state_dict(theirs)
+    nn.Sequential(again, nn.Linear(10, 2)).load_state_dict(
+        {f"0.{name}": value for name, value in theirs.items()}
+        | {"1.weight": torch.zeros(2, 10), "1.bias": torch.zeros(2)}
+    )
     for loaded in (model, again):
         for name, value in loaded.state_dict().items():
             assert torch.equal(value, backbone.state_dict()[name]), name

@@ -24,7 +24,7 @@ class _PlainTemporalShift(nn.Module):
         self.fold_div = fold_div
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N*T, C, H, W)
-        clips = x.unflatten(0, (-1, self.segments))
+        clips = _by_clip(x, self.segments)
         fold = x.shape[1] // self.fold_div
         following = pad(clips[:, 1:, :fold], (0, 0, 0, 0, 0, 0, 0, 1))  # zeros after the last frame
         previous = pad(clips[:, :-1, fold : 2 * fold], (0, 0, 0, 0, 0, 0, 1, 0))
@@ -51,7 +51,7 @@ class TSMResNet(ResNet):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = super().forward(_clips(x, self.segments).flatten(0, 1))
-        return logits.unflatten(0, (-1, self.segments)).mean(1)
+        return _by_clip(logits, self.segments).mean(1)
 
 
 class StackedResNet(ResNet):
@@ -75,7 +75,7 @@ def _depth(depth: int) -> int:
 def _clips(x: torch.Tensor, segments: int) -> torch.Tensor:
     """Either form of the input as ``(N, T, C, H, W)``."""
     if x.dim() == 4 and x.shape[0] % segments == 0:
-        return x.unflatten(0, (x.shape[0] // segments, segments))
+        return _by_clip(x, segments)
     if x.dim() == 5 and x.shape[1] == segments:
         return x
     raise ValueError(
@@ -83,11 +83,16 @@ def _clips(x: torch.Tensor, segments: int) -> torch.Tensor:
     )
 
 
+def _by_clip(x: torch.Tensor, segments: int) -> torch.Tensor:
+    """``(N*T, ...)`` as ``(N, T, ...)``."""
+    return x.unflatten(0, (x.shape[0] // segments, segments))
+
+
 def _rename(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """The names of the authors' checkpoints, as torchvision's."""
-    for name in list(state):
-        own = name.removeprefix(prefix).removeprefix("module.")
-        own = own.removeprefix("base_model.").replace(".conv1.net.", ".conv1.").replace("new_fc.", "fc.")
+    for name in [name for name in state if name.startswith(prefix)]:
+        own = name.removeprefix(prefix).removeprefix("module.").removeprefix("base_model.")
+        own = own.replace(".conv1.net.", ".conv1.").replace("new_fc.", "fc.")
         state[prefix + own] = state.pop(name)
 
 
