@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, relu
 
-from ._layers import conv2d, initialize
+from ._layers import conv_type, initialize, stage
 from ._registry import register_depths
-from .resnet import BasicBlock, stage
+from .resnet import BasicBlock
 
 
 class CifarResNet(nn.Module):
@@ -81,7 +81,7 @@ def cifar_resnet(
 
     Reference: He et al., "Deep Residual Learning for Image Recognition", 2015, arXiv:1512.03385.
     """
-    conv = conv2d(plain)
+    conv = conv_type(plain)
 
     def unit(channels: int, filters: int, stride: int) -> BasicBlock:
         same = stride == 1 and channels == filters

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..nn import DepthwiseConv2d
-from ._layers import initialize
+from ._layers import depthwise, initialize
 from ._registry import register
 
 # (filters, stride) of each separable block, at width 1.
@@ -50,12 +49,10 @@ def _conv_bn_relu(conv: nn.Conv2d) -> nn.Sequential:
 
 
 def _separable(channels: int, filters: int, stride: int, plain: bool) -> nn.Sequential:
-    if plain:
-        depthwise = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
-    else:
-        depthwise = DepthwiseConv2d(channels, kernel_size=3, stride=stride, padding=1, bias=False)
-    pointwise = nn.Conv2d(channels, filters, 1, bias=False)
-    return nn.Sequential(_conv_bn_relu(depthwise), _conv_bn_relu(pointwise))
+    return nn.Sequential(
+        _conv_bn_relu(depthwise(channels, stride, plain)),
+        _conv_bn_relu(nn.Conv2d(channels, filters, 1, bias=False)),
+    )
 
 
 @register

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from torch.nn.functional import relu
 
-from ._layers import conv2d, initialize
+from ._layers import conv_type, initialize, stage
 from ._registry import register_depths
 
 
@@ -90,7 +88,7 @@ DEPTHS: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {
     101: (Bottleneck, (3, 4, 23, 3)),
     152: (Bottleneck, (3, 8, 36, 3)),
 }
-PLAIN_DEPTHS = (18, 34)
+UNLINKED = (18, 34)
 
 
 class ResNet(nn.Module):
@@ -98,47 +96,37 @@ class ResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, in_channels: int, residual: bool, plain: bool) -> None:
         super().__init__()
-        depths = tuple(DEPTHS) if residual else PLAIN_DEPTHS
+        depths = tuple(DEPTHS) if residual else UNLINKED
         if depth not in depths:
             raise ValueError(f"depth must be one of {depths}, got {depth!r}")
-        conv = conv2d(plain)
+        conv = conv_type(plain)
         block, repeats = DEPTHS[depth]
         self.conv1 = conv(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
-        def unit(channels: int, filters: int, stride: int) -> nn.Module:
+        def unit(channels: int, out_channels: int, stride: int) -> nn.Module:
+            filters = out_channels // block.expansion
             if not residual:
                 return block(channels, filters, stride, None, conv, residual=False)
-            out, downsample = filters * block.expansion, None
-            if stride != 1 or channels != out:
-                downsample = nn.Sequential(conv(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            downsample = None
+            if stride != 1 or channels != out_channels:
+                projection = conv(channels, out_channels, 1, stride, bias=False)
+                downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
             return block(channels, filters, stride, downsample, conv)
 
-        self.layer1 = stage(unit, 64, 64, repeats[0], 1, block.expansion)
-        self.layer2 = stage(unit, 64 * block.expansion, 128, repeats[1], 2, block.expansion)
-        self.layer3 = stage(unit, 128 * block.expansion, 256, repeats[2], 2, block.expansion)
-        self.layer4 = stage(unit, 256 * block.expansion, 512, repeats[3], 2, block.expansion)
-        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        outputs = [filters * block.expansion for filters in (64, 128, 256, 512)]
+        self.layer1 = stage(unit, 64, outputs[0], repeats[0], 1)
+        self.layer2 = stage(unit, outputs[0], outputs[1], repeats[1], 2)
+        self.layer3 = stage(unit, outputs[1], outputs[2], repeats[2], 2)
+        self.layer4 = stage(unit, outputs[2], outputs[3], repeats[3], 2)
+        self.fc = nn.Linear(outputs[3], num_classes)
         initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.maxpool(relu(self.bn1(self.conv1(x)), inplace=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean((2, 3)))
-
-
-def stage(
-    unit: Callable[[int, int, int], nn.Module],
-    channels: int,
-    filters: int,
-    repeats: int,
-    stride: int,
-    expansion: int = 1,
-) -> nn.Sequential:
-    """``repeats`` blocks ``unit(channels, filters, stride)``; only the first one has the stride."""
-    first = unit(channels, filters, stride)
-    return nn.Sequential(first, *[unit(filters * expansion, filters, 1) for _ in range(repeats - 1)])
 
 
 def resnet(
@@ -165,4 +153,4 @@ def resnet(
 
 
 register_depths("resnet", resnet, DEPTHS)
-register_depths("plain", resnet, PLAIN_DEPTHS, residual=False)
+register_depths("plain", resnet, UNLINKED, residual=False)

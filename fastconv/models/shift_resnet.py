@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import pad, relu
 
 from ..nn import CSC, Shift2d
-from ._layers import conv2d
+from ._layers import conv_type
 from ._registry import register_depths
 from .cifar_resnet import CifarResNet
 
@@ -80,7 +80,7 @@ def shift_resnet(
     def unit(channels: int, filters: int, stride: int) -> nn.Module:
         return (_PlainCSC if plain else CSC)(channels, filters, stride, expansion)
 
-    return CifarResNet(depth, unit, num_classes, in_channels, conv2d(plain))
+    return CifarResNet(depth, unit, num_classes, in_channels, conv_type(plain))
 
 
 register_depths("shift_resnet", shift_resnet, (20, 56, 110))

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d, relu
 
-from ..nn import ChannelShuffle, DepthwiseConv2d
-from ._layers import conv2d, initialize
+from ..nn import ChannelShuffle
+from ._layers import conv_type, depthwise, initialize, stage
 from ._registry import register
 
 # Groups, and the channels of the first stage at scale 1; each stage doubles them.
@@ -71,14 +71,11 @@ class ShuffleUnit(nn.Module):
             channels, narrow, 1 if dense else groups, groups if shuffle else 1, plain
         )
         self.bn1 = nn.BatchNorm2d(narrow)
-        if plain:
-            self.conv2 = nn.Conv2d(narrow, narrow, 3, stride, padding=1, groups=narrow, bias=False)
-        else:
-            self.conv2 = DepthwiseConv2d(narrow, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.conv2 = depthwise(narrow, stride, plain)
         self.bn2 = nn.BatchNorm2d(narrow)
-        self.conv3 = conv2d(plain)(narrow, branch, 1, groups=groups, bias=False)
+        self.conv3 = conv_type(plain)(narrow, branch, 1, groups=groups, bias=False)
         self.bn3 = nn.BatchNorm2d(branch)
-        self.se = SqueezeExcite(filters, conv2d(plain)) if se else nn.Identity()
+        self.se = SqueezeExcite(filters, conv_type(plain)) if se else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = relu(self.bn1(self.shuffle(self.conv1(x))), inplace=True)
@@ -94,7 +91,7 @@ def _conv_shuffle(
     channels: int, filters: int, groups: int, shuffle_groups: int, plain: bool
 ) -> tuple[nn.Module, nn.Module]:
     """A 1x1 convolution, and the shuffle that comes next."""
-    conv = conv2d(plain)(channels, filters, 1, groups=groups, bias=False)
+    conv = conv_type(plain)(channels, filters, 1, groups=groups, bias=False)
     if shuffle_groups == 1:
         return conv, nn.Identity()
     return conv, nn.ChannelShuffle(shuffle_groups) if plain else ChannelShuffle(shuffle_groups)
@@ -119,25 +116,23 @@ class ShuffleNetV1(nn.Module):
             raise ValueError(f"scale must be above 0, got {scale!r}")
         if groups not in CHANNELS:
             raise ValueError(f"groups must be one of {tuple(CHANNELS)}, got {groups!r}")
-        # The first convolution has 24 filters from scale 1 to below 2, as the published MACs show.
-        channels = _multiple(24 * 2 ** math.floor(math.log2(scale)), groups)
+        # As the published MACs have it: 24 filters from scale 1 to below 2.
+        stem = _multiple(24 * 2 ** math.floor(math.log2(scale)), groups)
         filters = _multiple(CHANNELS[groups] * scale * (SHALLOW if shallow else 1), groups)
-        if filters <= channels:
+        if filters <= stem:
             raise ValueError(f"scale leaves no channels to the units, got {scale!r}; give a larger one")
-        self.conv1 = conv2d(plain)(in_channels, channels, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = conv_type(plain)(in_channels, stem, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        stages = []
-        for units in UNITS:
-            stage = []
-            for i in range(units // 2 if shallow else units):
-                stride, dense = 2 if i == 0 else 1, not stages and i == 0
-                stage.append(ShuffleUnit(channels, filters, stride, groups, dense, shuffle, se, plain))
-                channels = filters
-            stages.append(nn.Sequential(*stage))
-            filters *= 2
-        self.stage2, self.stage3, self.stage4 = stages
-        self.fc = nn.Linear(channels, num_classes)
+
+        def unit(channels: int, filters: int, stride: int) -> ShuffleUnit:
+            return ShuffleUnit(channels, filters, stride, groups, channels == stem, shuffle, se, plain)
+
+        units = [count // 2 if shallow else count for count in UNITS]
+        self.stage2 = stage(unit, stem, filters, units[0], 2)
+        self.stage3 = stage(unit, filters, 2 * filters, units[1], 2)
+        self.stage4 = stage(unit, 2 * filters, 4 * filters, units[2], 2)
+        self.fc = nn.Linear(4 * filters, num_classes)
         initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
