@@ -277,11 +277,13 @@ def bytes_moved(module: nn.Module, input: torch.Tensor, output: torch.Tensor) ->
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module has a row of its own: it computes by itself and has parameters, pools, or shuffles."""
+    """Whether a module has a row of its own: it computes by itself: has parameters, pools or moves values."""
     leaf = not any(True for _ in module.children())
     own = any(True for _ in module.parameters(recurse=False))
-    known = isinstance(module, (*POOLS, nn.ChannelShuffle, *(kind for kinds in MACS for kind in kinds)))
-    return known or (leaf and own) or type(module).__module__.startswith("fastconv.nn.")
+    known = isinstance(
+        module, (*POOLS, nn.ChannelShuffle, Shift2d, *(kind for kinds in MACS for kind in kinds))
+    )
+    return known or (leaf and (own or type(module).__module__.startswith("fastconv.nn.")))
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from ._rules import Rule, rule_for, rules
 from .channel_shuffle import ChannelShuffle
 from .conv2d import Conv2d
 from .conv_transpose2d import ConvTranspose2d
+from .csc import CSC
 from .depthwise_conv2d import DepthwiseConv2d
 from .group_conv2d_shuffle import GroupConv2dShuffle
 from .shift2d import Shift2d
 from .shift_conv2d import ShiftConv2d
 
 __all__ = [
+    "CSC",
     "ChannelShuffle",
     "Conv2d",
     "ConvTranspose2d",
