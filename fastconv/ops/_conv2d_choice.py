@@ -69,6 +69,8 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups, fus
         )
     ):
         return "winograd_f4"
+    if groups > 1 and taps == 1 and not channels_last and weight.dtype == torch.float32:
+        return "im2col" if plane > 100 else "direct"
     algorithm = "im2col" if _lanes_are_pixels(channels_last, taps, source, target) else "direct"
     if not rival:
         return algorithm
