@@ -8,7 +8,14 @@ import torch
 
 from ..backends import Choice
 from ._arguments import check_tensor, integer
-from ._operator import Operator, as_memory_format, fold_into_batch, memory_format_of, new_output
+from ._operator import (
+    InplaceOperator,
+    Operator,
+    as_memory_format,
+    fold_into_batch,
+    memory_format_of,
+    new_output,
+)
 
 
 def temporal_shift_reference(
@@ -37,6 +44,7 @@ def temporal_shift(
     fold_div: int = 8,
     *,
     causal: bool = False,
+    inplace: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
 ) -> torch.Tensor:
@@ -58,35 +66,44 @@ def temporal_shift(
         fold_div: one of so many channels moves, in each direction; at least 2, or 1 if causal. Where it is
             more than C, nothing moves.
         causal: whether channels come from the frame before only.
+        inplace: whether the input is overwritten, of which only the channels that move are touched (in a
+            strided input that is not dense, all). Not where it requires a gradient.
         backend: see :mod:`fastconv.backends`; None takes the measured best.
         algorithm: a kernel of the backend: ``"vectorized"``, ``"plain"`` on the CPU and in CUDA;
             ``"plain"`` in Triton.
 
     Returns:
-        ``(B*T, C, H, W)``.
+        ``(B*T, C, H, W)``; the input itself, if ``inplace``.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it and says what is allowed.
+        RuntimeError: ``inplace``, and the input requires a gradient, or its elements share memory.
         BackendError: the named backend or algorithm cannot run this call; the message says why.
 
     Reference: Lin, Gan, Han, "TSM: Temporal Shift Module for Efficient Video Understanding", 2019,
     arXiv:1811.08383.
     """
     check_tensor("input", input, rank=4)
-    segments, fold_div = check_shift(segments, fold_div, causal)
+    segments, fold_div = check_shift(segments, fold_div, causal, inplace)
     _check_segments(input, segments)
+    if inplace:
+        _check_overwritable(input)
     backend = choose(backend, algorithm, input)
     if backend == "reference":
         output = temporal_shift_reference(input, segments, fold_div, causal=causal)
-        return as_memory_format(output, memory_format_of(input))
+        return input.copy_(output) if inplace else as_memory_format(output, memory_format_of(input))
     fold, step = input.shape[1] // fold_div, -1 if causal else 1
+    if inplace:
+        inplace_operator(backend, input, segments, fold, step, not causal, algorithm)
+        return input
     return operator(backend, input, segments, fold, step, not causal, algorithm)
 
 
-def check_shift(segments: int, fold_div: int, causal: bool) -> tuple[int, int]:
-    """``segments`` and ``fold_div`` as integers; raises where one of the three is wrong for any input."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be True or False, got {causal!r}")
+def check_shift(segments: int, fold_div: int, causal: bool, inplace: bool) -> tuple[int, int]:
+    """``segments`` and ``fold_div`` as integers; raises where an argument is wrong for any input."""
+    for name, value in (("causal", causal), ("inplace", inplace)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
     segments, fold_div = integer("segments", segments), integer("fold_div", fold_div)
     if fold_div == 1 and not causal:
         raise ValueError("fold_div must be at least 2 where channels move both ways (causal=False), got 1")
@@ -96,6 +113,13 @@ def check_shift(segments: int, fold_div: int, causal: bool) -> tuple[int, int]:
 def _check_segments(input: torch.Tensor, segments: int) -> None:
     if segments < 1 or input.shape[0] % segments:
         raise ValueError(f"segments must divide input's {input.shape[0]} frames, got {segments}")
+
+
+def _check_overwritable(input: torch.Tensor) -> None:
+    if input.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("inplace must be False where input requires a gradient, got True")
+    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape)):
+        raise RuntimeError("inplace must be False where input's elements share memory (expand), got True")
 
 
 def _check(
@@ -148,6 +172,13 @@ operator = Operator(
     check=_check,
     triton="temporal_shift:temporal_shift_forward_triton",
     autocast=None,
+)
+
+inplace_operator = InplaceOperator(
+    "temporal_shift_",
+    "(Tensor(a!) input, SymInt segments, SymInt fold, int step, bool both, str? algorithm) -> ()",
+    check=_check,
+    triton="temporal_shift:temporal_shift_in_place_triton",
 )
 
 TemporalShiftFunction = operator.function()
