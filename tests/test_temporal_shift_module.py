@@ -153,7 +153,8 @@ def test_state_copies_and_files():
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
-        assert (other.segments, other.fold_div, other.causal, other.backend) == (3, 4, True, "reference")
+        settings = (other.shift.segments, other.shift.fold_div, other.shift.causal, other.shift.backend)
+        assert settings == (3, 4, True, "reference")
         torch.testing.assert_close(other(x), expected)
     other = TemporalShift(conv(), 3, 4, causal=True)
     assert str(other.load_state_dict(layer.state_dict())) == "<All keys matched successfully>"
@@ -181,6 +182,7 @@ def test_repr():
         ((nn.ReLU(), 8, 0), {}, ValueError, "fold_div must be at least 1, got 0"),
         ((nn.ReLU(), 8, 1), {}, ValueError, "fold_div must be at least 2 where channels move both ways"),
         ((nn.ReLU(), 8), {"causal": None}, TypeError, "causal must be True or False, got None"),
+        ((nn.ReLU(), 8), {"inplace": 1}, TypeError, "inplace must be True or False, got 1"),
         ((nn.ReLU(), 8), {"backend": "gpu"}, ValueError, "backend must be None or one of"),
     ],
 )
@@ -194,12 +196,30 @@ def test_frames_that_are_no_whole_clips():
         TemporalShift(nn.ReLU(), 4)(frames())
 
 
-def test_cost_is_the_blocks():
-    """The shift has neither parameters nor multiplications, and its layers are counted once."""
-    plain, shifted = nn.Sequential(conv()), nn.Sequential(TemporalShift(conv(), 1))
-    before, after = (fastconv.cost(model.float(), (8, 4, 5)) for model in (plain, shifted))
+@pytest.mark.parametrize("causal", BOTH)
+@pytest.mark.parametrize("inplace", BOTH)
+def test_cost_counts_the_bytes_of_the_shift(inplace, causal):
+    """It has neither parameters nor multiplications; in place, what moves is read and written."""
+    plain = nn.Sequential(conv()).float()
+    shifted = nn.Sequential(TemporalShift(conv(), 3, 4, causal=causal, inplace=inplace)).float()
+    before, after = (fastconv.cost(model, (6, 8, 4, 5)) for model in (plain, shifted))
     assert (before.macs, before.parameters) == (after.macs, after.parameters)
-    assert [layer.name for layer in after.layers] == ["0.block"]
+    shift, block = after.layers
+    assert (shift.name, shift.macs, shift.parameters) == ("0.shift", 0, 0)
+    assert (block.name, block.bytes) == ("0.block", before.bytes)
+    channels = (2 if causal else 4) if inplace else 8
+    assert shift.bytes == 2 * 4 * (6 * channels * 4 * 5)
+
+
+@pytest.mark.parametrize("causal", BOTH)
+def test_in_place(causal):
+    layer = TemporalShift(nn.Identity(), 3, 4, causal=causal, inplace=True)
+    assert "inplace=True" in repr(layer)
+    x = frames()
+    expected = fastconv.temporal_shift_reference(x, 3, 4, causal=causal)
+    assert layer(x) is x and torch.equal(x, expected)
+    with pytest.raises(RuntimeError, match="inplace must be False where input requires a gradient"):
+        layer(frames().requires_grad_())
 
 
 def test_optimize_reaches_into_the_block():

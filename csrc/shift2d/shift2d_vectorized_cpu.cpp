@@ -31,8 +31,8 @@ void move_plane(const T* from, T* to, int64_t height, int64_t width, int64_t dh,
   }
   const int64_t begin = rows.begin * width + columns.begin, end = (rows.end - 1) * width + columns.end;
   std::memset(to, 0, rows.begin * width * sizeof(T));
-  copy_run(reinterpret_cast<char*>(to + begin),
-             reinterpret_cast<const char*>(from + begin + dh * width + dw), (end - begin) * sizeof(T));
+  copy_run(reinterpret_cast<char*>(to + begin), reinterpret_cast<const char*>(from + begin + dh * width + dw),
+           (end - begin) * sizeof(T));
   std::memset(to + rows.end * width, 0, (height - rows.end) * width * sizeof(T));
   if (dw == 0) return;
   const int64_t edge = dw < 0 ? 0 : columns.end, count = dw < 0 ? -dw : dw;

@@ -5,7 +5,10 @@
 //   to three frames, and past the caches. Such stores need no line in a cache, so that their order costs
 //   nothing; loads out of order wait for memory. Where runs meet within a vector of the output, it is always
 //   gathered.
-// Bytes: each value is read once and written once, but those that leave their clip, which are not moved.
+//   In place a tile of the folds is walked through all frames of a clip, so that what has been read is in the
+//   first cache when it is overwritten.
+// Bytes: each value is read once and written once, but those that leave their clip, which are not moved; in
+//   place those of the folds. A seam's cache line is read for each frame that it holds.
 // Before it: plain moves one value at a time, and asks of each where it comes from.
 // Limits: in channels_last, rows that are not whole vectors (16 float32) are copied by halves and quarters.
 #include <algorithm>
@@ -19,7 +22,7 @@ namespace {
 
 constexpr int V = vector_bytes;
 constexpr int64_t tile_bytes = 64 << 10, group_bytes = 2 << 10;
-constexpr int64_t column_bytes = 16 << 10;  // of each frame
+constexpr int64_t column_bytes = 8 << 10;  // of each frame, in place
 // Outputs up to here stay in the last cache, together with their input: more than stores_past_caches asks
 // for, since nothing is computed meanwhile.
 constexpr int64_t most_cached_bytes = 16 << 20;
@@ -43,6 +46,7 @@ struct Moves {
   Run runs[5];
   Seam seams[2];
   int run_count = 0, seam_count = 0;
+  bool whole_vectors;  // of which the runs are, in every row
 
   void add_run(int64_t begin, int64_t end, const char* from, char* to) {
     if (begin < end) runs[run_count++] = {begin, end, from, to};
@@ -58,9 +62,16 @@ void move_rows(const Moves& moves, int64_t length, int64_t first, int64_t last) 
     const int64_t start = row * length, end = std::min(row + group, last) * length;
     for (int i = 0; i < moves.run_count; ++i) {
       const Run run = moves.runs[i];
-      for (int64_t at = start + run.begin; at < end; at += length)
-        (streams ? stream_run : move_run)(run.to + at, run.from == nullptr ? nullptr : run.from + at,
-                                          run.end - run.begin);
+      const int64_t bytes = run.end - run.begin;
+      const bool by_vectors = !streams && moves.whole_vectors && run.from != nullptr;
+      for (int64_t at = start + run.begin; at < end; at += length) {
+        if (by_vectors) {
+          for (int64_t k = 0; k < bytes; k += V) copy_bytes<V>(run.to + at + k, run.from + at + k);
+        } else {
+          (streams ? stream_run : move_run)(run.to + at, run.from == nullptr ? nullptr : run.from + at,
+                                            bytes);
+        }
+      }
     }
     for (int i = 0; i < moves.seam_count; ++i) {
       const Seam seam = moves.seams[i];
@@ -118,10 +129,11 @@ void shift_bytes(const char* input, char* output, const TemporalShiftShape& s, P
   Bytes<V> masks[2][3];
   for (int seam = 0; seam < row.seam_count; ++seam)
     for (int run = 0; run < 3; ++run) masks[seam][run] = row.mask(seam, run);
-  const int64_t size = s.frame_size(), count = s.frames * size;
+  const int64_t size = s.frame_size();
   const bool scatters =
-      count > most_cached_bytes && (row.whole_vectors || s.rows == 1) &&
-      stores_past_caches(Image<float>{reinterpret_cast<float*>(output), count / 4, 1, 1, true}, 1, 0, 1);
+      (row.whole_vectors || s.rows == 1) &&
+      stores_past_caches(Image<float>{reinterpret_cast<float*>(output), s.length / 4, s.rows, s.frames, true},
+                         1, 0, most_cached_bytes);
   // A tile is a few rows, or a part of one.
   const int64_t rows = std::max<int64_t>(1, tile_bytes / s.length), part = std::min(tile_bytes, s.length);
   const int64_t tall = (s.rows + rows - 1) / rows, wide = (s.length + part - 1) / part;
@@ -145,6 +157,7 @@ void shift_bytes(const char* input, char* output, const TemporalShiftShape& s, P
         }
       }
       moves.seam_count = row.seam_count;
+      moves.whole_vectors = row.whole_vectors;
       for (int seam = 0; seam < row.seam_count; ++seam) {
         moves.seams[seam].begin = row.seams[seam];
         moves.seams[seam].to = to;

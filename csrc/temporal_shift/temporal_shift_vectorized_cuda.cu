@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// body(Unit{}, shape in units) with the widest unit that divides rows, folds and addresses: what does, divides
-// the union of their bits.
+// body(Unit{}, shape in units) with the widest unit that divides rows, folds and addresses: what does,
+// divides the union of their bits.
 template <typename Body>
 void with_units(const TemporalShiftShape& bytes, uintptr_t addresses, const Body& body) {
   const uint64_t bits = uint64_t(bytes.length) | uint64_t(bytes.fold) | addresses;

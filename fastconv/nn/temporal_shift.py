@@ -14,10 +14,45 @@ from ..ops.temporal_shift import check_shift, temporal_shift
 from ._rules import check_backend
 
 
+class ClipShift(nn.Module):
+    """The shift of whole clips in :class:`TemporalShift`, whose arguments it takes."""
+
+    def __init__(
+        self, segments: int, fold_div: int, *, causal: bool, inplace: bool, backend: str | None
+    ) -> None:
+        super().__init__()
+        self.segments, self.fold_div = check_shift(segments, fold_div, causal, inplace)
+        check_backend(backend)
+        self.causal = causal
+        self.inplace = inplace
+        self.backend = backend
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return temporal_shift(
+            input,
+            self.segments,
+            self.fold_div,
+            causal=self.causal,
+            inplace=self.inplace,
+            backend=self.backend,
+        )
+
+    def moved(self, channels: int) -> int:
+        """How many of the channels move."""
+        return channels // self.fold_div * (1 if self.causal else 2)
+
+    def extra_repr(self) -> str:
+        parts = [f"segments={self.segments}", f"fold_div={self.fold_div}"]
+        parts += ["causal=True"] if self.causal else []
+        parts += ["inplace=True"] if self.inplace else []
+        parts += [f"backend={self.backend!r}"] if self.backend else []
+        return ", ".join(parts)
+
+
 class TemporalShift(nn.Module):
     """A block that sees some channels of the frames before and after: ``block(temporal_shift(x, segments))``.
 
-    The state_dict is the block's, under ``block.``; the shift has no parameters.
+    The state_dict is the block's, under ``block.``; the shift, a layer of its own, has no parameters.
 
     A causal shift also runs online, one frame of each clip at a time. It remembers the first
     ``C // fold_div`` channels of the last frame, and gives for each frame what it gives for that frame of the
@@ -32,6 +67,8 @@ class TemporalShift(nn.Module):
             after the other.
         fold_div: one of so many channels moves, in each direction; at least 2, or 1 if causal.
         causal: whether channels come from the frame before only.
+        inplace: whether whole clips are overwritten by their shift. Not where they require a gradient, or
+            where something else reads them, such as a shortcut around the block.
         backend: which kernels shift whole clips, see :mod:`fastconv.backends`; None takes the measured best.
 
     Raises:
@@ -49,18 +86,14 @@ class TemporalShift(nn.Module):
         fold_div: int = 8,
         *,
         causal: bool = False,
+        inplace: bool = False,
         backend: str | None = None,
     ) -> None:
         if not isinstance(block, nn.Module):
             raise TypeError(f"block must be a torch.nn.Module, got {type(block).__name__}")
-        segments, fold_div = check_shift(segments, fold_div, causal)
-        check_backend(backend)
         super().__init__()
+        self.shift = ClipShift(segments, fold_div, causal=causal, inplace=inplace, backend=backend)
         self.block = block
-        self.segments = segments
-        self.fold_div = fold_div
-        self.causal = causal
-        self.backend = backend
         self._is_online = False
         # Moves with the module, and is no part of its state.
         self.register_buffer("_last", None, persistent=False)
@@ -68,10 +101,7 @@ class TemporalShift(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self._is_online:
             return self.step(input)
-        shifted = temporal_shift(
-            input, self.segments, self.fold_div, causal=self.causal, backend=self.backend
-        )
-        return self.block(shifted)
+        return self.block(self.shift(input))
 
     @contextlib.contextmanager
     def online(self) -> Iterator[TemporalShift]:
@@ -96,7 +126,7 @@ class TemporalShift(nn.Module):
         """
         self._check_causal()
         check_tensor("frame", frame, rank=4)
-        fold = frame.shape[1] // self.fold_div
+        fold = frame.shape[1] // self.shift.fold_div
         mine, others = frame[:, :fold], frame[:, fold:]
         last = torch.zeros_like(mine) if self._last is None else self._last
         if (last.shape, last.dtype, last.device) != (mine.shape, mine.dtype, mine.device):
@@ -114,13 +144,7 @@ class TemporalShift(nn.Module):
         self._last = None
 
     def _check_causal(self) -> None:
-        if not self.causal:
+        if not self.shift.causal:
             raise ValueError(
                 "causal must be True to run frame by frame: else a frame needs channels of the next one"
             )
-
-    def extra_repr(self) -> str:
-        parts = [f"segments={self.segments}", f"fold_div={self.fold_div}"]
-        parts += ["causal=True"] if self.causal else []
-        parts += [f"backend={self.backend!r}"] if self.backend else []
-        return ", ".join(parts)

@@ -118,7 +118,7 @@ def _check_segments(input: torch.Tensor, segments: int) -> None:
 def _check_overwritable(input: torch.Tensor) -> None:
     if input.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("inplace must be False where input requires a gradient, got True")
-    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape)):
+    if input.numel() and any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape)):
         raise RuntimeError("inplace must be False where input's elements share memory (expand), got True")
 
 
