@@ -48,7 +48,7 @@ def temporal_shift_plain_forward_kernel(
     tl.store(output_ptr + flat, values, mask=exists)
 
 
-@triton.jit(do_not_specialize=["segments", "columns"])
+@triton.jit(do_not_specialize=["segments"])
 def temporal_shift_plain_in_place_kernel(
     values_ptr,  # (frames, rows, length)
     columns, segments,  # columns: of one fold in all clips

@@ -210,10 +210,7 @@ def test_transformations_raise(run):
 def test_opcheck(batch, layout, run):
     input = LAYOUTS[layout](numbers, (batch, 6, 2, 3))
     for step, both in ((1, True), (-1, False)):
-        arguments = (input.clone(memory_format=torch.preserve_format), 2, 2, step, both, run.algorithm)
-        torch.library.opcheck(run.operator("temporal_shift_"), arguments)
-        arguments = (input, 2, 2, step, both, run.algorithm)
-        torch.library.opcheck(run.operator("temporal_shift_"), arguments)
+        torch.library.opcheck(run.operator("temporal_shift_"), (input, 2, 2, step, both, run.algorithm))
 
 
 @each_run

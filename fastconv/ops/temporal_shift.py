@@ -66,8 +66,8 @@ def temporal_shift(
         fold_div: one of so many channels moves, in each direction; at least 2, or 1 if causal. Where it is
             more than C, nothing moves.
         causal: whether channels come from the frame before only.
-        inplace: whether the input is overwritten, of which only the channels that move are touched (in a
-            strided input that is not dense, all). Not where it requires a gradient.
+        inplace: whether the input is overwritten; only the channels that move are touched, where it is dense.
+            Not where it requires a gradient.
         backend: see :mod:`fastconv.backends`; None takes the measured best.
         algorithm: a kernel of the backend: ``"vectorized"``, ``"plain"`` on the CPU and in CUDA;
             ``"plain"`` in Triton.
