@@ -11,6 +11,7 @@ from .ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from .ops.group_conv2d_shuffle import group_conv2d_shuffle, group_conv2d_shuffle_reference
 from .ops.shift2d import shift2d, shift2d_reference
 from .ops.shift_conv2d import shift_conv2d, shift_conv2d_reference
+from .ops.temporal_shift import temporal_shift, temporal_shift_reference
 from .optimize import OptimizeError, enable, optimize, report, restore
 from .precision import get_precision, set_precision
 
@@ -47,6 +48,8 @@ __all__ = [
     "shift2d_reference",
     "shift_conv2d",
     "shift_conv2d_reference",
+    "temporal_shift",
+    "temporal_shift_reference",
     "use_backend",
 ]
 

@@ -29,6 +29,7 @@ from torch import nn
 
 from .nn.shift2d import Shift2d
 from .nn.shift_conv2d import ShiftConv2d
+from .nn.temporal_shift import ClipShift
 
 Pair = tuple[int, int]
 
@@ -271,7 +272,12 @@ POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def bytes_moved(module: nn.Module, input: torch.Tensor, output: torch.Tensor) -> int:
-    """Bytes of a call's input, output, parameters and floating-point buffers, each counted once."""
+    """Bytes of a call's input, output, parameters and floating-point buffers, each counted once.
+
+    Of a shift in place, those of the channels that move, read and written.
+    """
+    if isinstance(module, ClipShift) and module.inplace:
+        return 2 * input[:, : module.moved(input.shape[1])].nbytes
     own = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     return sum(t.numel() * t.element_size() for t in (input, output, *own))
 

@@ -9,6 +9,7 @@ from .depthwise_conv2d import DepthwiseConv2d
 from .group_conv2d_shuffle import GroupConv2dShuffle
 from .shift2d import Shift2d
 from .shift_conv2d import ShiftConv2d
+from .temporal_shift import TemporalShift
 
 __all__ = [
     "CSC",
@@ -20,6 +21,7 @@ __all__ = [
     "Rule",
     "Shift2d",
     "ShiftConv2d",
+    "TemporalShift",
     "rule_for",
     "rules",
 ]
