@@ -9,7 +9,7 @@ from .ops.conv2d import conv2d, conv2d_reference
 from .ops.conv_transpose2d import conv_transpose2d, conv_transpose2d_reference
 from .ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from .ops.shift2d import shift2d, shift2d_reference
-from .optimize import OptimizeError, enable, optimize, report, restore
+from .optimize import OptimizeError, enable, optimize, optimize_graph, report, restore
 from .precision import get_precision, set_precision
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "models",
     "nn",
     "optimize",
+    "optimize_graph",
     "report",
     "restore",
     "set_packed_weights_limit",

@@ -1,0 +1,248 @@
+"""Graphs: where PyTorch's operators spell one of this library's, one call of it stands instead.
+
+``optimize_graph`` does it to any graph of torch.fx, the backend ``"fastconv"`` to those of torch.compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import re
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_leaves
+
+from ..nn._rules import no_kernel
+from ..ops._operator import memory_format_of
+from ._idioms import Match, known, moved_channels, name_of, single_call, value_of
+from ._slices import written_slices
+
+log = logging.getLogger("fastconv")
+
+READS_STRIDES = {"as_strided", "stride", "storage_offset", "is_contiguous", "untyped_storage", "data_ptr"}
+IDIOMS = (single_call, moved_channels, written_slices)
+ORIGINALS: weakref.WeakKeyDictionary[fx.GraphModule, fx.Graph] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One place of a graph that spells an operator of this library.
+
+    Attributes:
+        op: the operator's name.
+        idiom: how it was spelled, such as ``"view, transpose, contiguous, view"``.
+        node: the name of the node whose result it is.
+        where: the line of the program that made it, if the graph tells.
+        reason: why it was left as it was; None if one call stands there now.
+    """
+
+    op: str
+    idiom: str
+    node: str
+    where: str | None
+    reason: str | None = None
+
+
+def optimize_graph(graph_module: fx.GraphModule, example_input: Any = None) -> list[GraphReport]:
+    """Puts this library's operators into a graph, in place, where it spells them with PyTorch's own.
+
+    What is recognised: channel shuffles as one call or module, and as any views and permutations that
+    amount to one; shifts, written slice by slice into zeros. All that is needed must be proven by
+    the graph's shapes: channels and groups are known integers, batch and image may be symbols. Nothing that
+    can be observed changes but the time: numbers, gradients, and the shapes and strides of the outputs.
+
+    Args:
+        graph_module: from ``torch.fx.symbolic_trace``, ``torch.export.export(...).module()`` or Dynamo.
+        example_input: a tensor, or a tuple of arguments; for graphs that do not know their shapes, such as
+            ``symbolic_trace``'s. Of four-dimensional tensors every size of at least 2 but the channels is
+            taken for a symbol, any other for a constant.
+
+    Returns:
+        A row for each place that was recognised. ``fastconv.restore`` puts the graph back as it was.
+    """
+    if not isinstance(graph_module, fx.GraphModule):
+        raise TypeError(f"graph_module must be a torch.fx.GraphModule, got {type(graph_module).__name__}")
+    if example_input is not None:
+        _learn_shapes(graph_module, example_input)
+    before = {m: m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule)}
+    rows = _rewrite(graph_module)
+    for module, graph in before.items():
+        if module.graph is not graph:
+            ORIGINALS.setdefault(module, graph)
+    return rows
+
+
+def restore_graph(module: nn.Module) -> None:
+    """Undoes :func:`optimize_graph` on a module, but not on the modules in it."""
+    if module in ORIGINALS:
+        module.graph = ORIGINALS.pop(module)
+
+
+def compile_graph(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend of ``torch.compile(model, backend="fastconv")``: :func:`optimize_graph`, then Inductor.
+
+    Args:
+        graph_module, example_inputs: from Dynamo.
+        mode, options: as ``torch.compile`` takes them for Inductor.
+
+    What was found is logged, as INFO of the logger ``"fastconv"``.
+    """
+    rows = _rewrite(graph_module)
+    done = Counter(f"{row.op} ({row.idiom})" for row in rows if row.reason is None)
+    log.info("graph: %s", ", ".join(f"{count} {what}" for what, count in done.items()) or "nothing replaced")
+    for row in rows:
+        if row.reason is not None:
+            log.info("graph: %s at %s stays with PyTorch: %s", row.op, row.where or row.node, row.reason)
+    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+    return torch._dynamo.lookup_backend("inductor")(graph_module, example_inputs, config_patches=patches)
+
+
+def _rewrite(graph_module: fx.GraphModule) -> list[GraphReport]:
+    rows = []
+    for child in graph_module.children():
+        if isinstance(child, fx.GraphModule):  # such as the body of a checkpoint
+            rows += _rewrite(child)
+    for may_change_strides in (True, False):
+        trial = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+        found, changed = _replace_all(trial, may_change_strides)
+        if not changed or _same_results(trial, graph_module.graph):
+            break
+    if any(row.reason is None for row in found):
+        graph_module.graph = trial.graph
+    return rows + found
+
+
+def _replace_all(graph_module: fx.GraphModule, may_change_strides: bool) -> tuple[list[GraphReport], bool]:
+    """What was found; and whether a result now has other strides."""
+    rows: list[GraphReport] = []
+    changed, left = False, set()
+    for node in list(graph_module.graph.nodes):
+        match = None if node._erased else next(filter(None, (find(node) for find in IDIOMS)), None)
+        if match is None or match.nodes & left:
+            continue
+        image = value_of(match.input)
+        with _no_guards(image):
+            moved = memory_format_of(image) != memory_format_of(value_of(match.result))
+        reason = match.obstacle() or no_kernel(match.op, None, image)
+        if reason is None and moved and not may_change_strides:
+            reason = (
+                "it makes channels_last contiguous, the operator would not, "
+                "and that does not leave the graph's results the same for certain"
+            )
+        rows.append(GraphReport(match.op, match.idiom, match.result.name, _where(match.result), reason))
+        if reason is None:
+            _replace(match)
+            changed |= moved
+        else:
+            left.add(match.result)
+    return rows, changed
+
+
+def _replace(match: Match) -> None:
+    graph, image = match.result.graph, value_of(match.input)
+    with graph.inserting_after(match.last):
+        call = graph.call_function(match.call, (match.input, *match.arguments))
+    key = "val" if "val" in match.result.meta else "example_value"
+    call.meta = {k: v for k, v in match.result.meta.items() if k != "tensor_meta"}
+    with _no_guards(image), image.fake_mode, torch.no_grad():
+        call.meta[key] = match.call(image, *match.arguments)
+    match.result.replace_all_uses_with(call, delete_user_cb=lambda user: user not in match.nodes)
+    for node in sorted(match.nodes, reverse=True):
+        graph.erase_node(node)
+
+
+def _same_results(trial: fx.GraphModule, graph: fx.Graph) -> bool:
+    """Whether it is certain that other strides within a graph change nothing outside it.
+
+    The outputs must have the shapes and strides that they had, and nothing in between may read strides.
+    """
+    if any(map(_may_read_strides, trial.graph.nodes)):
+        return False
+    inputs = [value_of(node) for node in graph.nodes if node.op == "placeholder"]
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    with tensors[0].fake_mode, _no_guards(tensors[0]), torch.no_grad():
+        given = [
+            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+            if isinstance(v, torch.Tensor)
+            else v
+            for v in inputs
+        ]
+        try:
+            results = fx.Interpreter(trial).run(*given, enable_io_processing=False)
+        except Exception as error:
+            log.debug("graph: it does not run with other strides", exc_info=error)
+            return False
+    expected = tree_leaves(fx.node.map_arg(graph.output_node().args[0], value_of))
+    return all(_same_geometry(a, b) for a, b in zip(tree_leaves(results), expected, strict=True))
+
+
+def _may_read_strides(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        home = type(node.graph.owning_module.get_submodule(node.target)).__module__
+    elif node.op == "call_function":
+        home = (
+            node.target.namespace
+            if isinstance(node.target, torch._ops.OpOverload)
+            else node.target.__module__
+        )
+        if home == "aten":
+            home = "torch"
+    else:
+        home = "torch"
+    known_home = (home or "torch").split(".")[0] in ("torch", "fastconv", "_operator", "builtins", "math")
+    return not known_home or name_of(node) in READS_STRIDES
+
+
+def _same_geometry(a: Any, b: Any) -> bool:
+    if not isinstance(b, torch.Tensor):
+        return not isinstance(a, torch.Tensor)
+    return a.dim() == b.dim() and all(
+        known(m == n) and (known(m == 1) or known(s == t))
+        for m, n, s, t in zip(a.shape, b.shape, a.stride(), b.stride())
+    )
+
+
+def _no_guards(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Within the block, what is asked about a tensor's symbols becomes no condition of the graph."""
+    shapes = tensor.fake_mode.shape_env
+    return contextlib.nullcontext() if shapes is None else shapes.suppress_guards()
+
+
+def _learn_shapes(graph_module: fx.GraphModule, example_input: Any) -> None:
+    from torch._dynamo.source import ConstantSource
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+
+    def fake(index: int, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        symbols = [value.dim() == 4 and dim != 1 for dim in range(value.dim())]
+        sizes = [DimDynamic.DYNAMIC if symbol else DimDynamic.STATIC for symbol in symbols]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return mode.from_tensor(value, source=ConstantSource(f"input{index}"), symbolic_context=context)
+
+    fakes = [fake(index, value) for index, value in enumerate(inputs)]
+    with torch.no_grad():
+        FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*fakes)
+
+
+def _where(node: fx.Node) -> str | None:
+    frames = re.findall(r'File "(.+?)", line (\d+)', node.stack_trace or "")
+    return ":".join(frames[-1]) if frames else None
