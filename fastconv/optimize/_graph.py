@@ -17,19 +17,32 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves
 
+from ..backends import use_backend
 from ..nn._rules import no_kernel
-from ..ops._operator import memory_format_of
+from ..ops._operator import memory_format_of, new_output
 from ._idioms import Match, known, moved_channels, name_of, single_call, value_of
 from ._slices import written_slices
 
 log = logging.getLogger("fastconv")
 
-READS_STRIDES = {"as_strided", "stride", "storage_offset", "is_contiguous", "untyped_storage", "data_ptr"}
+READS_STRIDES = {
+    "",  # no function of PyTorch, as far as name_of knows
+    "as_strided",
+    "as_strided_",
+    "as_strided_scatter",
+    "data_ptr",
+    "is_contiguous",
+    "resize_",
+    "set_",
+    "storage_offset",
+    "stride",
+    "untyped_storage",
+}
 IDIOMS = (single_call, moved_channels, written_slices)
 ORIGINALS: weakref.WeakKeyDictionary[fx.GraphModule, fx.Graph] = weakref.WeakKeyDictionary()
 
@@ -110,7 +123,9 @@ def compile_graph(
         if row.reason is not None:
             log.info("graph: %s at %s stays with PyTorch: %s", row.op, row.where or row.node, row.reason)
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
-    return torch._dynamo.lookup_backend("inductor")(graph_module, example_inputs, config_patches=patches)
+    return torch._dynamo.lookup_backend("inductor")(
+        graph_module, example_inputs, config_patches=patches or None
+    )
 
 
 def _rewrite(graph_module: fx.GraphModule) -> list[GraphReport]:
@@ -137,13 +152,15 @@ def _replace_all(graph_module: fx.GraphModule, may_change_strides: bool) -> tupl
         if match is None or match.nodes & left:
             continue
         image = value_of(match.input)
-        with _no_guards(image):
-            moved = memory_format_of(image) != memory_format_of(value_of(match.result))
+        with _no_guards(image.fake_mode):
+            # PyTorch's own operator keeps the format, too, whatever is recorded of it.
+            formats = {memory_format_of(image), memory_format_of(value_of(match.result))}
+        moved = len(match.nodes) > 1 and len(formats) > 1
         reason = match.obstacle() or no_kernel(match.op, None, image)
         if reason is None and moved and not may_change_strides:
             reason = (
-                "it makes channels_last contiguous, the operator would not, "
-                "and that does not leave the graph's results the same for certain"
+                "the operator keeps the memory format and this does not; with other strides here "
+                "the graph is not certain to have the same results"
             )
         rows.append(GraphReport(match.op, match.idiom, match.result.name, _where(match.result), reason))
         if reason is None:
@@ -160,8 +177,8 @@ def _replace(match: Match) -> None:
         call = graph.call_function(match.call, (match.input, *match.arguments))
     key = "val" if "val" in match.result.meta else "example_value"
     call.meta = {k: v for k, v in match.result.meta.items() if k != "tensor_meta"}
-    with _no_guards(image), image.fake_mode, torch.no_grad():
-        call.meta[key] = match.call(image, *match.arguments)
+    with _no_guards(image.fake_mode), image.fake_mode:
+        call.meta[key] = new_output(image, image.shape)
     match.result.replace_all_uses_with(call, delete_user_cb=lambda user: user not in match.nodes)
     for node in sorted(match.nodes, reverse=True):
         graph.erase_node(node)
@@ -175,8 +192,9 @@ def _same_results(trial: fx.GraphModule, graph: fx.Graph) -> bool:
     if any(map(_may_read_strides, trial.graph.nodes)):
         return False
     inputs = [value_of(node) for node in graph.nodes if node.op == "placeholder"]
-    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-    with tensors[0].fake_mode, _no_guards(tensors[0]), torch.no_grad():
+    mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+    # The reference's memory format is the kernels'; what PyTorch records of its own shuffle's is not.
+    with mode, _no_guards(mode), torch.no_grad(), use_backend("reference"):
         given = [
             torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
             if isinstance(v, torch.Tensor)
@@ -193,20 +211,14 @@ def _same_results(trial: fx.GraphModule, graph: fx.Graph) -> bool:
 
 
 def _may_read_strides(node: fx.Node) -> bool:
+    """Or is not PyTorch's own, so that nobody can tell."""
     if node.op == "call_module":
-        home = type(node.graph.owning_module.get_submodule(node.target)).__module__
-    elif node.op == "call_function":
-        home = (
-            node.target.namespace
-            if isinstance(node.target, torch._ops.OpOverload)
-            else node.target.__module__
-        )
-        if home == "aten":
-            home = "torch"
-    else:
-        home = "torch"
-    known_home = (home or "torch").split(".")[0] in ("torch", "fastconv", "_operator", "builtins", "math")
-    return not known_home or name_of(node) in READS_STRIDES
+        module = node.graph.owning_module.get_submodule(node.target)
+        return not type(module).__module__.startswith(("torch.nn.", "fastconv.nn."))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    ours = "fastconv" in getattr(node.target, "__module__", "")
+    return not ours and name_of(node) in READS_STRIDES
 
 
 def _same_geometry(a: Any, b: Any) -> bool:
@@ -218,10 +230,9 @@ def _same_geometry(a: Any, b: Any) -> bool:
     )
 
 
-def _no_guards(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Within the block, what is asked about a tensor's symbols becomes no condition of the graph."""
-    shapes = tensor.fake_mode.shape_env
-    return contextlib.nullcontext() if shapes is None else shapes.suppress_guards()
+def _no_guards(mode: FakeTensorMode) -> contextlib.AbstractContextManager:
+    """Within the block, what is asked about the mode's symbols becomes no condition of the graph."""
+    return contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
 
 
 def _learn_shapes(graph_module: fx.GraphModule, example_input: Any) -> None:

@@ -11,6 +11,7 @@ Sizes are integers or symbols; what cannot be proven of a symbol is taken for fa
 
 from __future__ import annotations
 
+import builtins
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 from torch.utils._pytree import tree_leaves
@@ -29,6 +31,8 @@ VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "
 COPIES = {"contiguous", "clone"}
 PERMUTATIONS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"}
 CUTS = {"getitem", "slice"}
+# Where functions are found that graphs call by their own names.
+HOMES = (torch, nn.functional, torch.Tensor, torch._C._autograd, operator, builtins)
 
 Factor = tuple[int, Any, Any]
 Dims = tuple[tuple[Factor, ...], ...]
@@ -78,10 +82,15 @@ def value_of(node: Any) -> Any:
     return node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else node
 
 
+def number(size: Any) -> Any:
+    """An integer, if a size is one in the guise of a symbol."""
+    return int(size.node.expr) if isinstance(size, torch.SymInt) and size.node.expr.is_Integer else size
+
+
 def is_image(value: Any) -> bool:
     """(N, C, H, W) that a kernel may serve, with a known number of channels."""
     return (
-        isinstance(value, torch._subclasses.FakeTensor)
+        isinstance(value, FakeTensor)
         and value.layout == torch.strided
         and value.dim() == 4
         and value.dtype in DTYPES
@@ -101,8 +110,7 @@ def name_of(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.removeprefix("aten::") if target.namespace == "aten" else ""
     name = getattr(target, "__name__", "")
-    homes = (torch, operator, nn.functional, torch.Tensor)
-    return name if any(getattr(home, name, None) is target for home in homes) else ""
+    return name if any(getattr(home, name, None) is target for home in HOMES) else ""
 
 
 def input_of(node: fx.Node) -> Any:
@@ -230,7 +238,7 @@ def _regrouped(dims: Dims, sizes: Sequence[Any]) -> Dims | None:
         return None
     factors = [factor for dim in dims for factor in dim]
     result: list[tuple[Factor, ...]] = []
-    for size in reversed(sizes[1:]):
+    for size in map(number, reversed(sizes[1:])):
         taken: list[Factor] = []
         while not known(size == 1):
             if not factors:
@@ -238,10 +246,10 @@ def _regrouped(dims: Dims, sizes: Sequence[Any]) -> Dims | None:
             origin, stride, length = factors.pop()
             if known(size % length == 0):
                 taken.insert(0, (origin, stride, length))
-                size = size // length
+                size = number(size // length)
             elif known(length % size == 0) or not factors:  # of the last, the first dimension has the rest
                 taken.insert(0, (origin, stride, size))
-                factors.append((origin, stride * size, length // size))
+                factors.append((origin, stride * size, number(length // size)))
                 size = 1
             else:
                 return None

@@ -24,6 +24,7 @@ from ._idioms import (
     known,
     merged,
     name_of,
+    number,
     sizes_of,
     sources_of,
     value_of,
@@ -139,23 +140,18 @@ def _ends(part: slice, size: Any) -> Ends | None:
     start, stop = value_of(part.start), value_of(part.stop)
     if part.step not in (None, 1):
         return None
-    if not any(isinstance(number, torch.SymInt) for number in (start, stop, size)):
+    if not any(isinstance(end, torch.SymInt) for end in (start, stop, size)):
         start, stop, _ = slice(start, stop).indices(size)
         return start, max(start, stop) - size
-    start = 0 if start is None else _integer(start)
     if _is_open(stop):
         stop = 0
     elif not (isinstance(stop, int) and stop < 0):
-        stop = _integer(stop - size)
-        if stop is None or not known(size + stop >= 0):  # a negative number would count from the end
+        if not known(stop >= 0):  # a negative number would count from the end
             return None
-    return None if start is None or start < 0 or stop > 0 else (start, stop)
-
-
-def _integer(number: Any) -> int | None:
-    if isinstance(number, torch.SymInt):
-        return int(number.node.expr) if number.node.expr.is_Integer else None
-    return number
+        stop = number(stop - size)
+    start = 0 if start is None else number(start)
+    plain = isinstance(start, int) and isinstance(stop, int)
+    return (start, stop) if plain and start >= 0 >= stop else None
 
 
 def _call(dims: Dims, moves: list[list[Move]], image: torch.Tensor) -> tuple[str, Callable, tuple] | None:
