@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_the_row_says_what_and_where():
     (rows,) = check(lambda x: reshape_permute_reshape(x, 2), image(2, 4, 3, 3), "channel_shuffle").rows
     assert rows[0].idiom == "reshape, permute, reshape"
     file, line = rows[0].where.rsplit(":", 1)
-    assert file == __file__ and open(file).read().splitlines()[int(line) - 1].startswith("    return x.resh")
+    assert file == __file__ and "permute" in Path(file).read_text().splitlines()[int(line) - 1]
 
 
 # What is none

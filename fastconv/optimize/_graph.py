@@ -217,7 +217,8 @@ def _may_read_strides(node: fx.Node) -> bool:
         return not type(module).__module__.startswith(("torch.nn.", "fastconv.nn."))
     if node.op not in ("call_function", "call_method"):
         return False
-    ours = "fastconv" in getattr(node.target, "__module__", "")
+    package = getattr(node.target, "__module__", None) or ""
+    ours = package.removeprefix("torch._ops.").partition(".")[0] == "fastconv"
     return not ours and name_of(node) in READS_STRIDES
 
 
