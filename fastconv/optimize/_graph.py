@@ -87,12 +87,10 @@ def optimize_graph(graph_module: fx.GraphModule, example_input: Any = None) -> l
         raise TypeError(f"graph_module must be a torch.fx.GraphModule, got {type(graph_module).__name__}")
     if example_input is not None:
         _learn_shapes(graph_module, example_input)
-    before = {m: m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule)}
-    rows = _rewrite(graph_module)
-    for module, graph in before.items():
-        if module.graph is not graph:
-            ORIGINALS.setdefault(module, graph)
-    return rows
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule) and module not in ORIGINALS:
+            ORIGINALS[module] = copy.deepcopy(module.graph)
+    return _rewrite(graph_module)
 
 
 def restore_graph(module: nn.Module) -> None:
@@ -133,13 +131,13 @@ def _rewrite(graph_module: fx.GraphModule) -> list[GraphReport]:
     for child in graph_module.children():
         if isinstance(child, fx.GraphModule):  # such as the body of a checkpoint
             rows += _rewrite(child)
-    for may_change_strides in (True, False):
-        trial = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-        found, changed = _replace_all(trial, may_change_strides)
-        if not changed or _same_results(trial, graph_module.graph):
-            break
-    if any(row.reason is None for row in found):
-        graph_module.graph = trial.graph
+    trial = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    _, changed = _replace_all(trial, may_change_strides=True)
+    # In place, for a copy of Dynamo's graph lacks what Inductor asks it for.
+    found, _ = _replace_all(
+        graph_module, may_change_strides=not changed or _same_results(trial, graph_module.graph)
+    )
+    graph_module.recompile()
     return rows + found
 
 
