@@ -9,6 +9,7 @@ from .ops.conv2d import conv2d, conv2d_reference
 from .ops.conv_transpose2d import conv_transpose2d, conv_transpose2d_reference
 from .ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from .ops.shift2d import shift2d, shift2d_reference
+from .ops.temporal_shift import temporal_shift, temporal_shift_reference
 from .optimize import OptimizeError, enable, optimize, optimize_graph, report, restore
 from .precision import get_precision, set_precision
 
@@ -42,6 +43,8 @@ __all__ = [
     "set_precision",
     "shift2d",
     "shift2d_reference",
+    "temporal_shift",
+    "temporal_shift_reference",
     "use_backend",
 ]
 

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from .nn.shift2d import Shift2d
+from .nn.temporal_shift import ClipShift
 
 Pair = tuple[int, int]
 
@@ -270,7 +271,12 @@ POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def bytes_moved(module: nn.Module, input: torch.Tensor, output: torch.Tensor) -> int:
-    """Bytes of a call's input, output, parameters and floating-point buffers, each counted once."""
+    """Bytes of a call's input, output, parameters and floating-point buffers, each counted once.
+
+    Of a shift in place, those of the channels that move, read and written.
+    """
+    if isinstance(module, ClipShift) and module.inplace:
+        return 2 * input[:, : module.moved(input.shape[1])].nbytes
     own = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     return sum(t.numel() * t.element_size() for t in (input, output, *own))
 
@@ -280,7 +286,7 @@ def is_layer(module: nn.Module) -> bool:
     leaf = not any(True for _ in module.children())
     own = any(True for _ in module.parameters(recurse=False))
     known = isinstance(module, (*POOLS, nn.ChannelShuffle, *(kind for kinds in MACS for kind in kinds)))
-    return known or (leaf and own) or type(module).__module__.startswith("fastconv.nn.")
+    return known or (leaf and (own or type(module).__module__.startswith("fastconv.nn.")))
 
 
 @dataclass(frozen=True)

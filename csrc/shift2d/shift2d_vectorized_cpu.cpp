@@ -7,12 +7,11 @@
 // Before it: plain moves one value at a time, and asks for each whether it is inside.
 // Limits: memory, or the L2 cache; in channels_last loads, where many directions share a vector.
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "../common/copy.h"
 #include "../common/geometry.h"
-#include "../common/simd.h"
 #include "shift2d.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
@@ -23,32 +22,6 @@ constexpr int64_t tile_bytes = 64 << 10;  // of output
 // The outputs along an axis whose source is inside.
 inline Range inside(int64_t offset, int64_t size) { return outputs_inside(offset, 1, size, size); }
 
-template <int B>
-struct BytesOf {
-  typedef uint8_t type __attribute__((vector_size(B)));
-};
-template <int B>
-using Bytes = typename BytesOf<B>::type;
-
-inline void copy_vector(char* to, const char* from) {
-  Bytes<vector_bytes> value;
-  __builtin_memcpy(&value, from, vector_bytes);
-  __builtin_memcpy(to, &value, vector_bytes);
-}
-
-// memcpy, whose stores, but for the first and the last, cross no cache line.
-inline void copy_block(char* to, const char* from, int64_t bytes) {
-  constexpr int64_t V = vector_bytes;
-  if (bytes < V) {
-    std::memcpy(to, from, bytes);
-    return;
-  }
-  copy_vector(to, from);
-  for (int64_t at = V - int64_t(reinterpret_cast<uintptr_t>(to) % V); at < bytes - V; at += V)
-    copy_vector(to + at, from + at);
-  copy_vector(to + bytes - V, from + bytes - V);
-}
-
 template <typename T>
 void move_plane(const T* from, T* to, int64_t height, int64_t width, int64_t dh, int64_t dw) {
   const Range rows = inside(dh, height), columns = inside(dw, width);
@@ -58,8 +31,8 @@ void move_plane(const T* from, T* to, int64_t height, int64_t width, int64_t dh,
   }
   const int64_t begin = rows.begin * width + columns.begin, end = (rows.end - 1) * width + columns.end;
   std::memset(to, 0, rows.begin * width * sizeof(T));
-  copy_block(reinterpret_cast<char*>(to + begin),
-             reinterpret_cast<const char*>(from + begin + dh * width + dw), (end - begin) * sizeof(T));
+  copy_run(reinterpret_cast<char*>(to + begin), reinterpret_cast<const char*>(from + begin + dh * width + dw),
+           (end - begin) * sizeof(T));
   std::memset(to + rows.end * width, 0, (height - rows.end) * width * sizeof(T));
   if (dw == 0) return;
   const int64_t edge = dw < 0 ? 0 : columns.end, count = dw < 0 ? -dw : dw;

@@ -6,6 +6,7 @@ from .conv2d import Conv2d
 from .conv_transpose2d import ConvTranspose2d
 from .depthwise_conv2d import DepthwiseConv2d
 from .shift2d import Shift2d
+from .temporal_shift import TemporalShift
 
 __all__ = [
     "ChannelShuffle",
@@ -14,6 +15,7 @@ __all__ = [
     "DepthwiseConv2d",
     "Rule",
     "Shift2d",
+    "TemporalShift",
     "rule_for",
     "rules",
 ]
