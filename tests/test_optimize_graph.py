@@ -129,7 +129,7 @@ def test_the_inverse_has_the_other_groups(first, second):
     x = image(2, 12, 4, 5)
     assert torch.equal(graphs(dynamic(x)), function(x))
     calls = [node for node in graphs.modules[0].graph.nodes if node.target is fastconv.channel_shuffle]
-    assert [call.args[1] for call in calls] == [first, second]
+    assert [call.kwargs["groups"] for call in calls] == [first, second]
 
 
 @needs_kernel
@@ -389,3 +389,18 @@ def test_modules_with_hooks_keep_them():
 def test_other_modules_are_refused():
     with pytest.raises(TypeError, match=r"graph_module must be a torch.fx.GraphModule, got Sequential"):
         fastconv.optimize_graph(nn.Sequential())
+
+
+@needs_kernel
+def test_sizes_of_what_is_gone():
+    """They are no use of its values; a view that is left for its size is free."""
+
+    def function(x):
+        view = x.view(x.shape[0], 2, -1, *x.shape[2:])
+        rest = view.transpose(1, 2)
+        return rest.reshape(x.shape), torch.arange(view.shape[0] * rest.shape[3], device=x.device)
+
+    graphs, x = Graphs(function), image(2, 6, 4, 5)
+    for actual, expected in zip(graphs(dynamic(x)), function(x), strict=True):
+        assert torch.equal(actual, expected)
+    assert "fastconv.channel_shuffle" in graphs.names() and "reshape" not in graphs.names()

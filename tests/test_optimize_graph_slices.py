@@ -1,4 +1,4 @@
-"""optimize_graph: shifts that are written as slices of zeros, in space."""
+"""optimize_graph: shifts that are written as slices of zeros, in space and in time."""
 
 from __future__ import annotations
 
@@ -82,6 +82,95 @@ def test_exported(shift):
     assert (row.op, row.reason) == ("shift2d", None) and "copy_" not in names(module)
     for other in (x, image(2, 27, 6, 7)):
         assert torch.equal(module(other), shift(other))
+
+
+# In time
+
+
+def tsm(x, segments=4, fold_div=8):
+    """The TSM repository's."""
+    nt, c, h, w = x.size()
+    x = x.view(nt // segments, segments, c, h, w)
+    fold = c // fold_div
+    out = torch.zeros_like(x)
+    out[:, :-1, :fold] = x[:, 1:, :fold]
+    out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
+    out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
+    return out.view(nt, c, h, w)
+
+
+def tsm_causal(x, segments=4, fold_div=8):
+    """Its online form, on clips; the sizes are written otherwise."""
+    x = x.unflatten(0, (-1, segments))
+    out, fold = torch.zeros_like(x), x.shape[2] // fold_div
+    out[:, 1:segments, :fold] = x[:, 0 : segments - 1, :fold]
+    out[:, :, fold:] = x[:, :, fold:]
+    return out.flatten(0, 1)
+
+
+def tsm_rows_and_columns_in_one(x, segments=4, fold_div=3):
+    nt, c, h, w = x.size()
+    x = x.reshape(-1, segments, c, h * w)
+    out, fold = x.new_zeros(x.shape), c // fold_div
+    out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
+    out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
+    out[:, :-1, :fold] = x[:, 1:, :fold]
+    return out.view(nt, c, h, w)
+
+
+@needs_kernel
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("symbols", [False, True])
+@pytest.mark.parametrize(
+    "shift, options", [(tsm, (8, False)), (tsm_causal, (8, True)), (tsm_rows_and_columns_in_one, (3, False))]
+)
+def test_temporal_shift(shift, options, symbols, channels_last):
+    if channels_last and shift is tsm_rows_and_columns_in_one:
+        pytest.skip("its zeros are contiguous whatever the input is")
+    dtype = torch.float64 if symbols else torch.float32
+    x = image(8, 17, 2, 3, dtype=dtype, channels_last=channels_last)
+    graphs = check(shift, x, "temporal_shift", symbols=symbols)
+    fold_div, causal = options
+    assert torch.equal(shift(x), fastconv.temporal_shift_reference(x, 4, fold_div, causal=causal))
+    if symbols:
+        other = image(12, 17, 5, 4, dtype=dtype, channels_last=channels_last).requires_grad_()
+        assert torch.equal(graphs(other), shift(other))
+        assert len(graphs.modules) == 1, "compiled once"
+
+
+def test_what_is_no_temporal_shift():
+    def backwards(x):  # the first channels come from the frame before, the next ones from the one after
+        x = x.view(2, 4, 16, 2, 3)
+        out = torch.zeros_like(x)
+        out[:, 1:, :2] = x[:, :-1, :2]
+        out[:, :-1, 2:4] = x[:, 1:, 2:4]
+        out[:, :, 4:] = x[:, :, 4:]
+        return out.view(8, 16, 2, 3)
+
+    def whole_clips(x):
+        x = x.view(2, 4, 16, 2, 3)
+        out = torch.zeros_like(x)
+        out[1:, :, :2] = x[:-1, :, :2]
+        out[:, :, 2:] = x[:, :, 2:]
+        return out.view(8, 16, 2, 3)
+
+    def of_other_folds(x):
+        x = x.view(2, 4, 16, 2, 3)
+        out = torch.zeros_like(x)
+        out[:, :-1, :6] = x[:, 1:, :6]
+        out[:, 1:, 6:12] = x[:, :-1, 6:12]  # no fold_div has 16 // fold_div == 6
+        out[:, :, 12:] = x[:, :, 12:]
+        return out.view(8, 16, 2, 3)
+
+    def never_an_image(x):
+        x = x.view(2, 4, 16, 2, 3)
+        out = torch.zeros_like(x)
+        out[:, 1:, :2] = x[:, :-1, :2]
+        out[:, :, 2:] = x[:, :, 2:]
+        return out
+
+    for function in (backwards, whole_clips, of_other_folds, never_an_image):
+        assert refused(function, image(8, 16, 2, 3)) == [], function.__name__
 
 
 # What is none

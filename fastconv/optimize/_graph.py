@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from ..backends import use_backend
 from ..nn._rules import no_kernel
 from ..ops._operator import memory_format_of, new_output
-from ._idioms import Match, known, moved_channels, name_of, single_call, value_of
+from ._idioms import Match, is_number, known, moved_channels, name_of, single_call, value_of
 from ._slices import written_slices
 
 log = logging.getLogger("fastconv")
@@ -172,14 +172,18 @@ def _replace_all(graph_module: fx.GraphModule, may_change_strides: bool) -> tupl
 def _replace(match: Match) -> None:
     graph, image = match.result.graph, value_of(match.input)
     with graph.inserting_after(match.last):
-        call = graph.call_function(match.call, (match.input, *match.arguments))
+        call = graph.call_function(match.call, (match.input,), match.arguments)
     key = "val" if "val" in match.result.meta else "example_value"
     call.meta = {k: v for k, v in match.result.meta.items() if k != "tensor_meta"}
     with _no_guards(image.fake_mode), image.fake_mode:
         call.meta[key] = new_output(image, image.shape)
     match.result.replace_all_uses_with(call, delete_user_cb=lambda user: user not in match.nodes)
-    for node in sorted(match.nodes, reverse=True):
-        graph.erase_node(node)
+    # Sizes of what is gone are of no use any more; those that are keep their views.
+    node, before = max(match.nodes), min(match.nodes).prev
+    while node is not before:
+        node, this = node.prev, node
+        if not this.users and (this in match.nodes or is_number(this)):
+            graph.erase_node(this)
 
 
 def _same_results(trial: fx.GraphModule, graph: fx.Graph) -> bool:

@@ -55,7 +55,7 @@ class Match:
     idiom: str
     op: str
     call: Callable[..., torch.Tensor]
-    arguments: tuple
+    arguments: dict[str, Any]
     input: fx.Node
     nodes: frozenset[fx.Node]
     result: fx.Node
@@ -64,7 +64,7 @@ class Match:
     def obstacle(self) -> str | None:
         """Why the call may not stand there, though it computes the same numbers."""
         for node in self.nodes - {self.result}:
-            if any(user not in self.nodes for user in node.users):
+            if any(user not in self.nodes and not is_number(user) for user in node.users):
                 return f"{node.name}, which is part of it, is used elsewhere too"
         node = min(self.nodes)
         while node is not self.last:
@@ -121,10 +121,14 @@ def _is_harmless(node: fx.Node) -> bool:
     """It cannot write to a tensor."""
     if name_of(node) in VIEWS | COPIES | PERMUTATIONS | CUTS:
         return True
+    return node.op == "get_attr" or is_number(node)
+
+
+def is_number(node: fx.Node) -> bool:
+    """Or several, such as a shape."""
     numbers = tree_leaves(value_of(node))
-    return node.op == "get_attr" or (
-        node.op != "call_module" and all(isinstance(number, (int, torch.SymInt)) for number in numbers)
-    )
+    computed = node.op in ("call_function", "call_method")
+    return computed and all(isinstance(value, (int, torch.SymInt)) for value in numbers)
 
 
 # One call
@@ -145,7 +149,9 @@ def single_call(node: fx.Node) -> Match | None:
     source = input_of(node)
     if not isinstance(groups, int) or not is_image(value_of(source)):
         return None
-    return Match(name, "channel_shuffle", channel_shuffle, (groups,), source, frozenset([node]), node, node)
+    return Match(
+        name, "channel_shuffle", channel_shuffle, {"groups": groups}, source, frozenset([node]), node, node
+    )
 
 
 # Views and permutations
@@ -160,7 +166,14 @@ def moved_channels(node: fx.Node) -> Match | None:
         if groups is not None:
             idiom = ", ".join(name_of(step) for step in path)
             return Match(
-                idiom, "channel_shuffle", channel_shuffle, (groups,), source, frozenset(path), node, node
+                idiom,
+                "channel_shuffle",
+                channel_shuffle,
+                {"groups": groups},
+                source,
+                frozenset(path),
+                node,
+                node,
             )
     return None
 

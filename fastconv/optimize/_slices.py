@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import fx
 
 from ..ops.shift2d import shift2d
+from ..ops.temporal_shift import temporal_shift
 from ._idioms import (
     CUTS,
     VIEWS,
@@ -35,6 +37,7 @@ TIME, ROWS, COLUMNS = 0, 2, 3  # the dimensions of a source that something can m
 
 Ends = tuple[int, int]  # what a slice leaves out: so many in front, and, negative, at the end
 Move = tuple[Ends, Ends]  # along one dimension: where to, and where from
+Call = tuple[str, Callable[..., torch.Tensor], dict[str, Any]]  # name, operator, arguments after the input
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,9 @@ def _ends(part: slice, size: Any) -> Ends | None:
     return (start, stop) if plain and start >= 0 >= stop else None
 
 
-def _call(dims: Dims, moves: list[list[Move]], image: torch.Tensor) -> tuple[str, Callable, tuple] | None:
+def _call(dims: Dims, moves: list[list[Move]], image: torch.Tensor) -> Call | None:
     """The operator that moves an image's channels so, and its arguments; None if none does."""
-    channels, runs = image.shape[1], []
+    channels, runs, segments = image.shape[1], [], 0
     own = next((i for i, dim in enumerate(dims) if _is_all_of(dim, 1, channels)), None)
     if own is None:
         return None
@@ -172,6 +175,8 @@ def _call(dims: Dims, moves: list[list[Move]], image: torch.Tensor) -> tuple[str
             if axis is None or to != (back, -ahead) or source != (ahead, -back):
                 return None
             steps[axis] = step
+            if axis == TIME:
+                segments = merged(dims[i])[0][2]
         if of != (begin, end):
             return None
         if begin < channels + end:
@@ -182,8 +187,21 @@ def _call(dims: Dims, moves: list[list[Move]], image: torch.Tensor) -> tuple[str
     each = [steps for begin, end, steps in runs for _ in range(end - begin)]
     axes = {axis for steps in each for axis in steps}
     if axes and axes <= {ROWS, COLUMNS}:
-        return "shift2d", shift2d, ([(steps.get(ROWS, 0), steps.get(COLUMNS, 0)) for steps in each],)
-    return None
+        offsets = [(steps.get(ROWS, 0), steps.get(COLUMNS, 0)) for steps in each]
+        return "shift2d", shift2d, {"offsets": offsets}
+    return _temporal(segments, [steps.get(TIME, 0) for steps in each]) if axes == {TIME} else None
+
+
+def _temporal(segments: int, steps: list[int]) -> Call | None:
+    """The call that has each channel read so many frames later."""
+    channels, fold = len(steps), len(list(itertools.takewhile(steps[0].__eq__, steps)))
+    fold_div = channels // fold
+    both = [1] * fold + [-1] * fold + [0] * (channels - 2 * fold)
+    causal = [-1] * fold + [0] * (channels - fold)
+    if channels // fold_div != fold or steps not in (both, causal):
+        return None
+    arguments = {"segments": segments, "fold_div": fold_div, "causal": steps == causal}
+    return "temporal_shift", temporal_shift, arguments
 
 
 def _is_all_of(dim: Sequence[Factor], origin: int, size: Any) -> bool:
