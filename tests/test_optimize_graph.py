@@ -37,7 +37,7 @@ def view_with_free_size(x, groups):
 
 
 def reshape_permute_reshape(x, groups):
-    """Of the first ShuffleNet by its authors, and what einops makes of "b (g k) h w -> b (k g) h w"."""
+    """Of the first ShuffleNet, by its authors."""
     n, c, h, w = x.shape
     return x.reshape(n, groups, c // groups, h, w).permute(0, 2, 1, 3, 4).reshape(n, c, h, w)
 
