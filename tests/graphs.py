@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 
 import torch
 from cases import DEVICE
 
 import fastconv
 
-_idioms = sys.modules["fastconv.optimize._idioms"]
+_idioms = importlib.import_module("fastconv.optimize._idioms")
 OLD = _idioms.VIEWS | _idioms.COPIES | _idioms.PERMUTATIONS | {"setitem", "copy_", "zeros_like", "zeros"}
 
 

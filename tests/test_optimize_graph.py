@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
@@ -253,8 +253,8 @@ def test_writes_before_and_after_do_not_matter():
 
 
 def test_without_a_kernel_it_stays(monkeypatch):
-    graph = sys.modules["fastconv.optimize._graph"]
-    monkeypatch.setattr(graph, "no_kernel", lambda op, backend, tensor: f"no {op} for {tensor.dtype}")
+    rewriting = importlib.import_module("fastconv.optimize._rewrite")
+    monkeypatch.setattr(rewriting, "no_kernel", lambda op, backend, tensor: f"no {op} for {tensor.dtype}")
     (row,) = refused(lambda x: view_transpose_view(x, 2), image(2, 6, 4, 5))
     assert row.reason == "no channel_shuffle for torch.float32"
 
@@ -295,6 +295,39 @@ def test_channels_last_stays_so_where_nobody_can_see_it(symbols):
     graphs = Graphs(model)
     torch.testing.assert_close(graphs(dynamic(x) if symbols else x), model(x), rtol=1e-4, atol=1e-5)
     assert graphs.names().count("fastconv.channel_shuffle") == 2
+
+
+def pixels_first(x):
+    n, c, h, w = x.shape
+    return (
+        x.permute(0, 2, 3, 1)
+        .reshape(n, h, w, 2, c // 2)
+        .transpose(3, 4)
+        .reshape(n, h, w, c)
+        .permute(0, 3, 1, 2)
+    )
+
+
+def columns_of_a_shuffle(x):
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).permute(0, 2, 1, 4, 3).reshape(n, c, w, h).transpose(2, 3)
+
+
+@needs_kernel
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pixels_first_is_channels_last_with_other_words(channels_last):
+    x = image(2, 6, 4, 5, channels_last=channels_last)
+    if channels_last:
+        check(pixels_first, x, "channel_shuffle")
+    else:
+        (row,) = refused(pixels_first, x)
+        assert "other strides" in row.reason
+
+
+@needs_kernel
+def test_columns_before_rows_are_seen():
+    (row,) = refused(columns_of_a_shuffle, image(2, 6, 4, 5))
+    assert "other strides" in row.reason
 
 
 @needs_kernel
