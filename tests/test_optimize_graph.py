@@ -153,6 +153,7 @@ NO_SHUFFLE = {
     "rows and columns alone": lambda x: x.transpose(2, 3).reshape(x.shape),
     "the batch": lambda x: x.view(4, 2, 2, 4, 4).transpose(0, 1).reshape(x.shape),
     "channels of the batch": lambda x: x.view(2, 2, 4, 4, 4).transpose(0, 1).reshape(x.shape),
+    "the batch becomes channels": lambda x: x.transpose(0, 1).reshape(1, 16, 4, 4),
     "rows into channels": lambda x: x.view(4, 2, 2, 4, 4).transpose(2, 3).reshape(x.shape),
     "another split": lambda x: x.view(4, 2, 8, 4).transpose(1, 2).reshape(x.shape),
     "pixels into channels": lambda x: x.view(4, 4, 2, 2, 4).permute(0, 2, 1, 3, 4).reshape(x.shape),

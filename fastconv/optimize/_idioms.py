@@ -181,12 +181,9 @@ def moved_channels(node: fx.Node) -> Match | None:
 def _groups(dims: Dims) -> int | None:
     """Of the shuffle that makes such dimensions; None if they are not a shuffle's."""
     channels = merged(dims[1])
-    if not all(is_whole(dims[i], i) for i in (0, 2, 3)) or len(channels) != 2:
+    if not all(is_whole(dims[i], i) for i in (0, 2, 3)) or [origin for origin, _, _ in channels] != [1, 1]:
         return None
-    (outer, first, rows), (inner, second, groups) = channels
-    if outer != 1 or inner != 1 or first != 1 or second != rows:
-        return None
-    return groups
+    return channels[1][2]  # two factors that are not one have changed places: (1, 1, C/G), (1, C/G, G)
 
 
 def sources_of(node: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node], Dims]]:
