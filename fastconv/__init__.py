@@ -12,7 +12,7 @@ from .ops.group_conv2d_shuffle import group_conv2d_shuffle, group_conv2d_shuffle
 from .ops.shift2d import shift2d, shift2d_reference
 from .ops.shift_conv2d import shift_conv2d, shift_conv2d_reference
 from .ops.temporal_shift import temporal_shift, temporal_shift_reference
-from .optimize import OptimizeError, enable, optimize, report, restore
+from .optimize import OptimizeError, enable, optimize, optimize_graph, report, restore
 from .precision import get_precision, set_precision
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "models",
     "nn",
     "optimize",
+    "optimize_graph",
     "report",
     "restore",
     "set_packed_weights_limit",

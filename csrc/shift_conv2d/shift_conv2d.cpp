@@ -36,7 +36,8 @@ void run(Cuda, const std::optional<std::string>& algorithm, const Tensor& input,
     const char* name;
     decltype(&shift_conv2d_im2col_forward_cuda<T>) forward;
   };
-  const std::vector<Variant> variants = {{"implicit_gemm", shift_conv2d_implicit_gemm_forward_cuda<T>}, {"im2col", shift_conv2d_im2col_forward_cuda<T>},
+  const std::vector<Variant> variants = {{"implicit_gemm", shift_conv2d_implicit_gemm_forward_cuda<T>},
+                                         {"im2col", shift_conv2d_im2col_forward_cuda<T>},
                                          {"plain", shift_conv2d_plain_forward_cuda<T>}};
   Cuda::check_not_packed(packed);
   const Tensor dense = as_contiguous(weight);
