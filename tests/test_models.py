@@ -317,6 +317,8 @@ def test_modules_of_the_library():
     assert kinds[fastconv.nn.GroupConv2dShuffle] == 15 and kinds[fastconv.nn.ChannelShuffle] == 1
     kinds = collections.Counter(type(module) for module in models.create("shift_resnet20").modules())
     assert kinds[fastconv.nn.CSC] == kinds[fastconv.nn.ShiftConv2d] == 9
+    model = models.create("tsm_resnet18", segments=2)
+    assert sum(isinstance(module, fastconv.nn.TemporalShift) for module in model.modules()) == 8
 
 
 @pytest.mark.parametrize("name, options, shape", SMALL.values(), ids=SMALL)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from ..nn import TemporalShift
 from ..ops._arguments import integer
 from ._registry import register_depths
 from .resnet import BasicBlock, Bottleneck, ResNet
@@ -32,7 +33,9 @@ class _PlainTemporalShift(nn.Module):
 
 
 def _temporal_shift(segments: int, fold_div: int, plain: bool) -> nn.Module:
-    return _PlainTemporalShift(segments, fold_div)
+    if plain:
+        return _PlainTemporalShift(segments, fold_div)
+    return TemporalShift(nn.Identity(), segments, fold_div)
 
 
 class TSMResNet(ResNet):
