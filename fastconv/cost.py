@@ -283,7 +283,7 @@ def bytes_moved(module: nn.Module, input: torch.Tensor, output: torch.Tensor) ->
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module has a row of its own: it computes by itself: has parameters, pools or moves values."""
+    """Whether a module has a row of its own: it computes by itself, has parameters, pools or moves values."""
     leaf = not any(True for _ in module.children())
     own = any(True for _ in module.parameters(recurse=False))
     known = isinstance(

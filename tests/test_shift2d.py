@@ -357,6 +357,8 @@ BAD = {
     "floats": (IMAGE, [(0, 1), (1.5, 0)], TypeError, "offsets[1]", "an integer", "1.5"),
     "a tensor of floats": (IMAGE, torch.zeros(2, 2), TypeError, "offsets", "integers", "float32"),
     "a tensor of bools": (IMAGE, torch.zeros(2, 2).bool(), TypeError, "offsets", "integers", "bool"),
+    "a tensor without values": (IMAGE, torch.zeros(2, 2, device="meta").int(), TypeError, "offsets", "meta"),
+    "a sparse tensor": (IMAGE, torch.zeros(2, 2).int().to_sparse(), TypeError, "offsets", "torch.sparse_coo"),
     "one number": (IMAGE, 1, TypeError, "offsets", "a sequence of pairs", "1"),
     "a flat list": (IMAGE, [0, 1], TypeError, "offsets", "a sequence of pairs", "[0, 1]"),
 }

@@ -284,7 +284,7 @@ def test_bytes_are_those_of_the_convolution(algorithm, layout):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of C++ kernels")
-@pytest.mark.parametrize("algorithm", ["im2col", "plain"])
+@pytest.mark.parametrize("algorithm", ["direct", "im2col", "plain"])
 def test_packed_weights(algorithm):
     """Packed once or in each call: the same bits."""
     case = MIXED[1]
@@ -309,10 +309,15 @@ BAD = {
     "a pair too few": ({"offsets": PAIRS[:1]}, ValueError, "offsets", "(2, 2)", "(1, 2)"),
     "offsets of floats": ({"offsets": torch.zeros(2, 2)}, TypeError, "offsets", "integers", "float32"),
     "a weight with taps": ({"weight": torch.zeros(3, 2, 3, 3)}, ValueError, "weight", "(M, 2, 1, 1)", "3, 3"),
-    "a weight of other channels": ({"weight": torch.zeros(3, 4, 1, 1)}, ValueError, "weight", "2", "4"),
+    "a weight of other channels": (
+        {"weight": torch.zeros(3, 4, 1, 1)},
+        ValueError,
+        "weight must have shape (M, 2,",
+        "(3, 4, 1, 1)",
+    ),
     "a weight of another type": ({"weight": WEIGHT.double()}, TypeError, "weight", "float64"),
     "a bias of another size": ({"bias": torch.zeros(4)}, ValueError, "bias", "(3,)", "(4,)"),
-    "no stride": ({"stride": 0}, ValueError, "stride", "0"),
+    "no stride": ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
     "an unknown activation": ({"activation": "tanh"}, ValueError, "activation", "'tanh'"),
     "an unknown backend": ({"backend": "fft"}, ValueError, "backend", "'fft'"),
     "a backend that it has not": ({"backend": "aten"}, fastconv.BackendError, "aten"),
@@ -327,3 +332,16 @@ def test_bad_arguments(case):
     with pytest.raises(error) as raised:
         shift_conv2d(**arguments)
     assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the emulator")
+@pytest.mark.parametrize("channels, size", [(4104, (1, 1)), (8, (1, 32769))])
+def test_more_than_a_launch_has_room_for(channels, size):
+    """Offsets are parameters of a launch; the plain kernel takes several."""
+    input, weight = torch.randn(1, channels, *size), torch.randn(8, channels, 1, 1) / channels**0.5
+    offsets = torch.arange(channels * 2).reshape(-1, 2) % 3 - 1
+    with pytest.raises(fastconv.BackendError, match="at most 4096 channels and images of 32767 rows"):
+        shift_conv2d(input, offsets, weight, backend="emulator", algorithm="im2col")
+    output = shift_conv2d(input, offsets, weight, backend="emulator", algorithm="plain")
+    expected = shift_conv2d_reference(input.double(), offsets, weight.double())
+    assert_close(output, expected, torch.float32, channels)

@@ -55,10 +55,29 @@ def test_in_models():
         assert torch.equal(other(image()), expected)
     assert layer.why_not() is None
     assert layer.kernel(image())[0] in fastconv.available("shift_conv2d", DEVICE)
+    assert "dilated=(2, 2)" in repr(ShiftConv2d(19, 8, dilation=2))
     table = fastconv.cost(nn.Sequential(layer, nn.Conv2d(8, 2, 3)), (19, 7, 7))
     assert (table.layers[0].macs, table.layers[0].parameters) == (19 * 8 * 4 * 4, 19 * 8 + 8)
     assert [row.receptive_field for row in table.layers] == [(3, 3), (7, 7)]
     assert type(fastconv.optimize(nn.Sequential(layer))[0]) is ShiftConv2d
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of C++ kernels and the emulator")
+def test_names_the_kernel_that_runs():
+    pixels = image().contiguous(memory_format=torch.channels_last)
+    assert ShiftConv2d(19, 8).kernel(image()) == ("cpu", "im2col")
+    assert ShiftConv2d(19, 8).kernel(pixels) == ("cpu", "direct")
+    assert ShiftConv2d(19, 8, stride=2).kernel(pixels) == ("cpu", "im2col")
+    assert ShiftConv2d(19, 8, backend="emulator").kernel(image()) == ("emulator", "im2col")
+
+
+def test_on_no_device():
+    """Offsets are settings: they have values where parameters have none."""
+    with torch.device("meta"):
+        layers = ShiftConv2d(19, 8), Shift2d(19)
+    assert layers[0].weight.is_meta
+    for layer in layers:
+        assert torch.equal(layer.offsets, Shift2d(19).offsets)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "../common/geometry.h"
+#include "../common/image.h"
 #include "../common/matrix_kernel.h"
-#include "../shift2d/shift2d_rows_cpu.h"
 #include "conv2d.h"
 
 namespace fastconv::avx512_bf16 {

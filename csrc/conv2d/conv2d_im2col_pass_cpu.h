@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../common/prefetch.h"
-#include "../shift2d/shift2d.h"
 #include "conv2d_im2col_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
@@ -25,14 +24,18 @@ class Im2col {
         epilogue_(epilogue),
         output_(output),
         pass_(pass),
-        last_(pass.shape.channels_last),
+        channels_last_(pass.shape.channels_last),
         in_channels_(pass.shape.groups * pass.from_group),
         out_channels_(pass.shape.groups * pass.to_group),
         in_pixels_(pass.geometry.in_height * pass.geometry.in_width),
         out_pixels_(pass.geometry.out_height * pass.geometry.out_width),
         input_end_(input + pass.shape.batch * in_channels_ * in_pixels_),
-        groups_(last_ && pass.shuffled ? pass.shape.groups : 1),
-        sources_(distinct_offsets()) {
+        groups_at_once_(channels_last_ && pass.shuffled ? pass.shape.groups : 1),
+        group_sets_(pass.shape.groups / groups_at_once_) {
+    if (pass.offsets)
+      find_offsets();
+    else
+      for (const Phase& phase : pass.geometry.phases) offsets_.push_back(tap_offsets(phase));
     int64_t panels = 0;
     for (const Phase& phase : pass.geometry.phases)
       panels = std::max(panels, ceil_div(pass.pixels(phase), width));
@@ -40,13 +43,12 @@ class Im2col {
       for (const Phase& phase : pass.geometry.phases)
         if (k * width < pass.pixels(phase)) panels_.push_back({&phase, k * width});
     // Parts of the filters gather the same columns again.
-    const int64_t most = groups_ > 1 ? 1 : std::max<int64_t>(1, pass.to_group / 96);
+    const int64_t most = groups_at_once_ > 1 ? 1 : std::max<int64_t>(1, pass.to_group / 96);
     parts_ = std::clamp<int64_t>(
-        ceil_div(least_items, std::max<int64_t>(1, int64_t(panels_.size()) * pass.shape.groups / groups_)), 1,
-        most);
+        ceil_div(least_items, std::max<int64_t>(1, int64_t(panels_.size()) * group_sets_)), 1, most);
   }
 
-  int64_t items() const { return int64_t(panels_.size()) * pass_.shape.groups / groups_ * parts_; }
+  int64_t items() const { return int64_t(panels_.size()) * group_sets_ * parts_; }
 
   void compute(int64_t begin, int64_t end) const {
     int64_t lines = 1;
@@ -56,19 +58,20 @@ class Im2col {
       turns |= channels_at_once(phase) < pass_.from_group;
     }
     const Scratch<A> columns(lines * width + L);
-    const Scratch<A> sums(turns || last_ ? (groups_ * ceil_div(pass_.to_group, parts_) + L) * width : 0);
-    const Scratch<T> zeros(last_ ? pass_.from_group : 0);
-    std::fill_n(zeros.data(), last_ ? pass_.from_group : 0, T{});
+    const Scratch<A> sums(
+        turns || channels_last_ ? (groups_at_once_ * ceil_div(pass_.to_group, parts_) + L) * width : 0);
+    const Scratch<T> zeros(channels_last_ ? pass_.from_group : 0);
+    std::fill_n(zeros.data(), channels_last_ ? pass_.from_group : 0, T{});
     Worker worker{columns.data(), sums.data(), zeros.data()};
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t part = item % parts_, first = item / parts_ % (pass_.shape.groups / groups_) * groups_;
-      const Panel& panel = panels_[item / parts_ / (pass_.shape.groups / groups_)];
+      const int64_t part = item % parts_, first = item / parts_ % group_sets_ * groups_at_once_;
+      const Panel& panel = panels_[item / parts_ / group_sets_];
       worker.phase = panel.phase;
       worker.filter = pass_.to_group * part / parts_;
       worker.filter_end = pass_.to_group * (part + 1) / parts_;
       locate(worker, panel.first);
       const int64_t channels = channels_at_once(*worker.phase);
-      for (worker.group = first; worker.group < first + groups_; ++worker.group)
+      for (worker.group = first; worker.group < first + groups_at_once_; ++worker.group)
         for (int64_t c = 0; c == 0 || c < pass_.from_group; c += channels) {
           const int64_t c_end = std::min(pass_.from_group, c + channels);
           if (!read_in_place(worker, c)) gather(worker, c, c_end);
@@ -76,7 +79,7 @@ class Im2col {
           with_constant<1, most_vectors>(ceil_div(worker.pixels, L),
                                          [&](auto vectors) { multiply<vectors>(worker, c, c_end); });
         }
-      if (last_) store_channels(worker, first);
+      if (channels_last_) store_channels(worker, first);
     }
   }
 
@@ -106,23 +109,28 @@ class Im2col {
     int64_t group = 0, filter = 0, filter_end = 0, pixels = 0;
     PrefetchRuns next = {};
     std::vector<Run> runs = {};
-    std::vector<Offset> offsets = {};             // of the sources
     std::vector<std::vector<Piece>> pieces = {};  // of each source
     std::vector<int64_t> outputs = {};            // of each lane, its first channel: channels_last alone
   };
 
-  // Of each channel, which of the offsets.
-  std::vector<int64_t> distinct_offsets() {
-    std::vector<int64_t> sources;
-    if (pass_.offsets == nullptr) return sources;
+  static std::vector<Offset> tap_offsets(const Phase& phase) {
+    std::vector<Offset> taps;
+    for (int64_t i = 0; i < phase.taps_high; ++i)
+      for (int64_t j = 0; j < phase.taps_wide; ++j)
+        taps.push_back({i * phase.dilation_height - phase.top, j * phase.dilation_width - phase.left});
+    return taps;
+  }
+
+  // The offsets of a shift, each once, and which of them each channel has.
+  void find_offsets() {
+    std::vector<Offset>& found = offsets_.emplace_back();
     for (int64_t c = 0; c < in_channels_; ++c) {
       const Offset offset{limited(pass_.offsets[2 * c], pass_.geometry.in_height),
                           limited(pass_.offsets[2 * c + 1], pass_.geometry.in_width)};
-      const auto found = std::ranges::find(offsets_, offset);
-      sources.push_back(found - offsets_.begin());
-      if (found == offsets_.end()) offsets_.push_back(offset);
+      const int64_t source = std::ranges::find(found, offset) - found.begin();
+      if (source == int64_t(found.size())) found.push_back(offset);
+      sources_.push_back(source);
     }
-    return sources;
   }
 
   int64_t lines_of(const Phase& phase) const { return pass_.offsets ? 1 : phase.taps_high * phase.taps_wide; }
@@ -158,23 +166,18 @@ class Im2col {
       if (++e == rows) e = 0, ++n;
     }
     worker.outputs.clear();
-    if (last_)
+    if (channels_last_)
       for (const Run& run : worker.runs)
         for (int64_t k = 0; k < run.count; ++k)
           worker.outputs.push_back(
               ((run.image * g.out_height + phase.first_row + run.row * phase.row_step) * g.out_width +
                phase.first_column + (run.column + k) * phase.column_step) *
               out_channels_);
-    worker.offsets = offsets_;
-    if (!pass_.offsets)
-      for (int64_t i = 0; i < phase.taps_high; ++i)
-        for (int64_t j = 0; j < phase.taps_wide; ++j)
-          worker.offsets.push_back(
-              {i * phase.dilation_height - phase.top, j * phase.dilation_width - phase.left});
-    worker.pieces.resize(worker.offsets.size());
-    for (size_t s = 0; s < worker.offsets.size(); ++s) {
-      worker.pieces[s].clear();
-      for (const Run& run : worker.runs) add_pieces(run, worker.offsets[s], worker.pieces[s]);
+    const std::vector<Offset>& offsets = offsets_[&phase - g.phases.data()];
+    worker.pieces.resize(offsets.size());
+    for (size_t k = 0; k < offsets.size(); ++k) {
+      worker.pieces[k].clear();
+      for (const Run& run : worker.runs) add_pieces(run, offsets[k], worker.pieces[k]);
     }
   }
 
@@ -186,7 +189,7 @@ class Im2col {
     const Range inside =
         outside ? Range{0, 0} : outputs_inside(column, g.stride_width, g.in_width, run.count);
     // Rows that follow each other without a gap are one piece.
-    const int64_t step = (last_ ? in_channels_ : 1) * g.stride_width;
+    const int64_t step = (channels_last_ ? in_channels_ : 1) * g.stride_width;
     const auto add = [&](int64_t begin, int64_t end, int64_t at) {
       if (begin == end) return;
       if (at != padding && !pieces.empty() && pieces.back().at + pieces.back().count * step == at)
@@ -197,8 +200,8 @@ class Im2col {
     const int64_t pixel = row * g.in_width + column + inside.begin * g.stride_width;
     add(0, inside.begin, padding);
     add(inside.begin, inside.end,
-        last_ ? (run.image * in_pixels_ + pixel) * in_channels_
-              : run.image * in_channels_ * in_pixels_ + pixel);
+        channels_last_ ? (run.image * in_pixels_ + pixel) * in_channels_
+                       : run.image * in_channels_ * in_pixels_ + pixel);
     add(inside.end, run.count, padding);
   }
 
@@ -207,8 +210,8 @@ class Im2col {
   bool read_in_place(Worker& worker, int64_t c) const {
     worker.lines = worker.columns, worker.line_step = width;
     if constexpr (std::is_same_v<T, A>) {
-      if (last_ || pass_.offsets || lines_of(*worker.phase) != 1 || pass_.geometry.stride_width != 1 ||
-          worker.filter_end - worker.filter > few_filters)
+      if (channels_last_ || pass_.offsets || lines_of(*worker.phase) != 1 ||
+          pass_.geometry.stride_width != 1 || worker.filter_end - worker.filter > few_filters)
         return false;
       const std::vector<Piece>& pieces = worker.pieces[0];
       if (pieces.size() != 1 || pieces[0].at == padding || worker.pixels % L != 0) return false;
@@ -221,7 +224,7 @@ class Im2col {
 
   // The columns of channels [c, c_end) of the group: (channels, lines of a channel, width).
   void gather(const Worker& worker, int64_t c, int64_t c_end) const {
-    if (!last_) return gather_planes(worker, c, c_end);
+    if (!channels_last_) return gather_planes(worker, c, c_end);
     for (int64_t begin = c, next = c; begin < c_end; begin = next) {
       const int64_t source = source_of(worker.group, begin);
       while (next < c_end && source_of(worker.group, next) == source) ++next;
@@ -305,9 +308,11 @@ class Im2col {
     const int64_t pixel = (run.row * g.stride_height - phase.top) * g.in_width +
                           (run.column + width) * g.stride_width - phase.left;
     const bool once = lines_of(phase) == 1;  // else most of it has been read for the tap above
-    if (last_) {
-      worker.next.add(output_ + worker.outputs[0] + channel(worker.group, worker.filter), filters,
-                      phase.column_step * out_channels_, worker.pixels);
+    if (channels_last_) {
+      const int64_t at = worker.outputs[0] + worker.group * pass_.to_group + worker.filter;
+      const int64_t step = phase.column_step * out_channels_;
+      worker.next.add(output_ + at, filters, step, worker.pixels);
+      if (epilogue_.residual) worker.next.add(epilogue_.residual + at, filters, step, worker.pixels);
       if (once)
         worker.next.add(
             input_ + (run.image * in_pixels_ + pixel) * in_channels_ + worker.group * pass_.from_group,
@@ -344,8 +349,8 @@ class Im2col {
     const A* weights = packed_ + worker.group * pass_.to_group * pass_.from_group * pass_.shape.taps() +
                        worker.phase->weight_offset * pass_.from_group * pass_.to_group + m * lines + c * taps;
     // Sums are kept where more channels follow, and where the item's filters are stored together.
-    const int64_t step = groups_ > 1 ? channel_step() * width : width;
-    A* sums = worker.sums + (groups_ > 1 ? channel(worker.group, m) : m - worker.filter) * width;
+    const int64_t step = groups_at_once_ > 1 ? channel_step() * width : width;
+    A* sums = worker.sums + (groups_at_once_ > 1 ? channel(worker.group, m) : m - worker.filter) * width;
     Vector<A> sum[R][V];
     const A* rows[R];
 #pragma GCC unroll 6
@@ -364,7 +369,7 @@ class Im2col {
       multiply_add(sum, values, 1, worker.lines + k * worker.line_step, worker.line_step,
                    std::min(ask_lines, count - k));
     }
-    if (last_ || c_end < pass_.from_group) {
+    if (channels_last_ || c_end < pass_.from_group) {
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -431,8 +436,8 @@ class Im2col {
 
   // channels_last: the item's channels of L pixels at a time, transposed.
   void store_channels(const Worker& worker, int64_t group) const {
-    const int64_t first = groups_ > 1 ? 0 : channel(group, worker.filter);
-    const int64_t channels = groups_ > 1 ? out_channels_ : worker.filter_end - worker.filter;
+    const int64_t first = groups_at_once_ > 1 ? 0 : channel(group, worker.filter);
+    const int64_t channels = groups_at_once_ > 1 ? out_channels_ : worker.filter_end - worker.filter;
     for (int64_t lane = 0; lane < worker.pixels; lane += L)
       for (int64_t k = 0; k < channels; k += L) {
         const int64_t at = std::max<int64_t>(0, std::min(k, channels - L));  // overlaps the block before
@@ -450,13 +455,14 @@ class Im2col {
   const Conv2dEpilogue<T>& epilogue_;
   T* output_;
   const Im2colPass& pass_;
-  bool last_;  // whether images are channels_last
+  bool channels_last_;  // whether images are channels_last
   int64_t in_channels_, out_channels_, in_pixels_, out_pixels_;
   const T* input_end_;
-  int64_t groups_;  // of an item: all of them where their channels are neighbours in a pixel
+  int64_t groups_at_once_;  // that an item computes: all whose channels are neighbours in a pixel
+  int64_t group_sets_;      // of so many groups
   int64_t parts_;
-  std::vector<Offset> offsets_;   // of a shift, each once
-  std::vector<int64_t> sources_;  // of a shift: which of them each channel has
+  std::vector<std::vector<Offset>> offsets_;  // of each phase, whose taps they are, or of a shift
+  std::vector<int64_t> sources_;              // of a shift: which offset each channel has
   std::vector<Panel> panels_;
 };
 

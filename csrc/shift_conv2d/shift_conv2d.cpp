@@ -10,7 +10,10 @@ template <typename T>
 void run(Cpu, const std::optional<std::string>& algorithm, const Tensor& input, const int64_t* offsets,
          const Tensor& weight, const std::optional<Tensor>& packed, const Conv2dEpilogue<T>& epilogue,
          const Tensor& output, const Conv2dShape& shape) {
-  const std::string variant = chosen(algorithm, {"im2col", "direct", "plain"});
+  const bool whole_pixels = shape.channels_last && shape.stride_height * shape.stride_width == 1;
+  const std::string variant = algorithm      ? chosen(algorithm, {"direct", "im2col", "plain"})
+                              : whole_pixels ? "direct"
+                                             : "im2col";
   const Tensor kept =
       Cpu::packed_weight<T>(Cpu::find<Conv2dCpuVariant<T>>(variant, shape), packed, weight, shape);
   const auto* weights = const_data<accumulate_t<T>>(kept);

@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "../conv2d/conv2d_cuda.h"
-#include "../shift2d/shift2d.h"
+#include "../common/image.h"
 #include "shift_conv2d.h"
 
 namespace fastconv {

@@ -1,12 +1,14 @@
 // Shift with 1x1 convolution, C++, direct: about 192 pixels are shifted on their way into the cache.
 //
-// Formula: shift_conv2d.h. conv2d_direct_cpu.cpp computes it; a chunk's rows come into its tile by the kernel
+// Formula: shift_conv2d.h. conv2d_direct_pass_cpu.h computes it; a chunk's rows come into its tile by the
+// kernel
 //   of shift2d_vectorized_cpu.cpp, row by row.
 // Bytes: those of the 1x1 convolution without a shift; the tile stays in the L2 cache.
 // Against im2col: lanes are filters, and nothing is transposed.
 // Limits: as conv2d_direct_cpu.cpp; contiguous images come value by value; with a stride, pixels between are
 //   shifted for nothing.
 #include "../conv2d/conv2d_direct_cpu.h"
+#include "../shift2d/shift2d_rows_cpu.h"
 #include "shift_conv2d.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {

@@ -1,6 +1,7 @@
 // Shift with 1x1 convolution, C++, im2col: the shift is where the columns are read.
 //
-// Formula: shift_conv2d.h. conv2d_im2col_cpu.cpp computes it, 64 pixels at a time: a line of its columns is a
+// Formula: shift_conv2d.h. conv2d_im2col_pass_cpu.h computes it, 64 pixels at a time: a line of its columns
+// is a
 //   channel at those pixels, and comes from the place that the channel's offset names. In contiguous images
 //   that is another address; in channels_last ones, channels side by side with one offset are read together.
 // Bytes: those of the 1x1 convolution without a shift.

@@ -5,7 +5,6 @@
 // Bytes: every input is read M times from the caches; neighbours share nothing.
 // Limits: no vectors, no reuse in registers, a test for the border at every channel. Read it first.
 #include "../common/image.h"
-#include "../shift2d/shift2d.h"
 #include "shift_conv2d.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {

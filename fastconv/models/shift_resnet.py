@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import pad, relu
 
 from ..nn import CSC, Shift2d
+from ..nn.csc import expanded
 from ._layers import conv_type
 from ._registry import register_depths
 from .cifar_resnet import CifarResNet
@@ -35,7 +36,7 @@ class _PlainCSC(nn.Module):
 
     def __init__(self, channels: int, filters: int, stride: int, expansion: float) -> None:
         super().__init__()
-        shifted = int(expansion * filters)
+        shifted = expanded(filters, expansion)
         self.conv1 = nn.Conv2d(channels, shifted, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(shifted)
         self.shift = _PlainShift2d(shifted)
@@ -74,7 +75,7 @@ def shift_resnet(
     Reference: Wu et al., "Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutions", 2017,
     arXiv:1711.08141.
     """
-    if int(expansion * 16) < 9:
+    if expanded(16, expansion) < 9:
         raise ValueError(f"expansion must be at least 9/16, a channel for each place, got {expansion!r}")
 
     def unit(channels: int, filters: int, stride: int) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.functional import relu
@@ -51,11 +53,7 @@ class CSC(nn.Module):
         in_channels, out_channels = integer("in_channels", in_channels), integer("out_channels", out_channels)
         stride = pair("stride", stride)
         check_backend(backend)
-        shifted = int(expansion * out_channels)
-        if shifted < 1:
-            raise ValueError(
-                f"expansion must leave a channel to shift, got {expansion!r} for {out_channels} channels"
-            )
+        shifted = expanded(out_channels, expansion)
         super().__init__()
         self.conv1 = Conv2d(in_channels, shifted, 1, bias=False, backend=backend)
         self.bn1 = nn.BatchNorm2d(shifted)
@@ -72,3 +70,13 @@ class CSC(nn.Module):
         output = relu(self.bn1(self.conv1(input)), inplace=True)
         output = relu(self.bn2(self.conv2(output)), inplace=True)
         return output + self.shortcut(input)
+
+
+def expanded(channels: int, expansion: float) -> int:
+    """``int(expansion * channels)``, the channels that a block shifts."""
+    if not isinstance(expansion, (int, float)) or not math.isfinite(expansion) or expansion * channels < 1:
+        raise ValueError(
+            f"expansion must be a number that leaves a channel to shift, got {expansion!r} for {channels} "
+            "channels"
+        )
+    return int(expansion * channels)

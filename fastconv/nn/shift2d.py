@@ -51,7 +51,7 @@ class Shift2d(nn.Module):
         self.kernel_size, self.dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
         check_backend(backend)
         self.backend = backend
-        self.given = offsets is not None
+        self.has_own_offsets = offsets is not None
         self.offsets = offsets_of(self.channels, self.kernel_size, self.dilation, offsets)
         self.extent = extent_of(self.offsets)
 
@@ -59,7 +59,7 @@ class Shift2d(nn.Module):
         return shift2d(input, self.offsets, backend=self.backend)
 
     def extra_repr(self) -> str:
-        if self.given:
+        if self.has_own_offsets:
             own = [f"{self.channels}", "offsets=..."]
         else:
             own = [f"{self.channels}", f"kernel_size={self.kernel_size}"]
@@ -88,10 +88,12 @@ def offsets_of(
             f"channels must be at least {places}, one for each place of a {height}x{width} window, "
             f"got {channels}: take a smaller kernel_size, or give offsets"
         )
-    counts = torch.full((places,), channels // places)
-    counts[places // 2] += channels % places
-    place = torch.repeat_interleave(torch.arange(places), counts)
-    return torch.stack([(place // width - height // 2) * dh, (place % width - width // 2) * dw], dim=1)
+    run, rest = divmod(channels, places)
+    pairs = []
+    for place in range(places):
+        row, column = place // width - height // 2, place % width - width // 2
+        pairs += [(row * dh, column * dw)] * (run + (rest if place == places // 2 else 0))
+    return as_offsets(pairs)
 
 
 def extent_of(offsets: torch.Tensor) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..ops._activation import check_activation
 from ..ops._arguments import pair
-from ..ops.shift_conv2d import shift_conv2d
+from ..ops.shift_conv2d import default_algorithm, shift_conv2d
 from ._convolution import Convolution, check_algorithm
 from ._rules import check_backend
 from .shift2d import extent_of, offsets_of
@@ -70,8 +70,9 @@ class ShiftConv2d(Convolution, nn.Conv2d):
         super().__init__(
             in_channels, out_channels, 1, pair("stride", stride), bias=bias, device=device, dtype=dtype
         )
-        self.window, self.given = pair("kernel_size", kernel_size), offsets is not None
-        self.offsets = offsets_of(self.in_channels, self.window, pair("dilation", dilation), offsets)
+        self.window, self.dilated = pair("kernel_size", kernel_size), pair("dilation", dilation)
+        self.has_own_offsets = offsets is not None
+        self.offsets = offsets_of(self.in_channels, self.window, self.dilated, offsets)
         self.extent = extent_of(self.offsets)
         self.activation = activation
         self.backend = backend
@@ -94,7 +95,10 @@ class ShiftConv2d(Convolution, nn.Conv2d):
     def kernel(self, input: torch.Tensor) -> tuple[str, str | None]:
         """The backend and the algorithm that run on an input; raises BackendError if a named one cannot."""
         images, _ = self._images(input)
-        return self._kernel(images, self.stride)
+        return self._kernel(images, self.stride, default=default_algorithm)
 
     def extra_repr(self) -> str:
-        return ", ".join([super().extra_repr(), "offsets=..." if self.given else f"window={self.window}"])
+        own = ["offsets=..."] if self.has_own_offsets else [f"window={self.window}"]
+        if not self.has_own_offsets and self.dilated != (1, 1):
+            own.append(f"dilated={self.dilated}")
+        return ", ".join([super().extra_repr(), *own])

@@ -99,7 +99,7 @@ def _lanes_are_pixels(channels_last: bool, taps: int, source: int, target: int) 
 
 
 def gradients_algorithm(backend: str, algorithm: str | None, input, weight, stride, groups) -> str | None:
-    """The convolution's kernel for the gradients of what has kernels of its own forward."""
+    """conv2d's kernel for the gradients of group_conv2d_shuffle and shift_conv2d, which are conv2d's."""
     if backend != "cpu":
         return None
     if algorithm == "plain" or default_for(stride) == "plain":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _plans
-from ._activation import FROM_OUTPUT, activate, activation_backward, add_and_activate, check_activation
+from ._activation import activate, add_and_activate, check_activation, grad_of_sum, saved_for_sum
 from ._arguments import check_tensor, integer, output_size, padding_sides, pair
 from ._conv2d_choice import choose, default_algorithm
 from ._convolution import (
@@ -236,26 +236,13 @@ def _check_forward(
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     input, weight, bias, residual, _, *ctx.geometry, ctx.activation, ctx.algorithm = inputs
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
-    from_output = ctx.activation in FROM_OUTPUT
-    needs_sum = ctx.activation is not None and not from_output
-    ctx.save_for_backward(
-        input,
-        weight,
-        bias if needs_sum else None,
-        residual if needs_sum else None,
-        output if from_output else None,
-    )
+    ctx.save_for_backward(input, weight, *saved_for_sum(ctx.activation, output, bias, residual))
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    input, weight, bias, residual, output = ctx.saved_tensors
-    if ctx.activation is not None:
-        total = output
-        if total is None:  # the operator keeps no sum: it is computed again
-            total = forward_operator(
-                ctx.backend, input, weight, bias, residual, None, *ctx.geometry, None, ctx.algorithm
-            )
-        grad = activation_backward(grad, total, ctx.activation)
+    input, weight, output, bias, residual = ctx.saved_tensors
+    operands = (input, weight, bias, residual, None, *ctx.geometry, None, ctx.algorithm)
+    grad = grad_of_sum(grad, output, ctx.activation, lambda: forward_operator(ctx.backend, *operands))
     need = ctx.needs_input_grad
     needed = (need[0], need[1], ctx.has_bias and need[2])
     grads = gradients(ctx.backend, grad, input, weight, ctx.geometry, ctx.algorithm, needed)
@@ -273,17 +260,14 @@ def gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of input, weight and bias; None where one is not needed."""
     need_input, need_weight, need_bias = need
+    grads = (None, None, None)
+    if need_input or need_weight:
+        flags = (need_input, need_weight, need_bias and need_weight)
+        found = backward_operator(backend, grad, input, weight, *geometry, algorithm, *flags)
+        grads = tuple(g if n else None for g, n in zip(found, flags))
     if need_bias and not need_weight:  # a sum alone, without the kernel that gathers the weight's gradient
-        grad_bias = grad.sum((0, 2, 3))
-        if not need_input:
-            return None, None, grad_bias
-        return *gradients(backend, grad, input, weight, geometry, algorithm, (True, False, False))[
-            :2
-        ], grad_bias
-    if not need_input and not need_weight:
-        return None, None, None
-    found = backward_operator(backend, grad, input, weight, *geometry, algorithm, *need)
-    return tuple(g if n else None for g, n in zip(found, need))
+        grads = (*grads[:2], grad.sum((0, 2, 3)))
+    return grads
 
 
 def _vmap(op, info, in_dims, input, weight, bias, residual, packed, *rest):

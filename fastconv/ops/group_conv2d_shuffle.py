@@ -9,7 +9,7 @@ import torch
 
 from ..backends import Choice
 from . import _convolution, _plans, channel_shuffle, conv2d
-from ._activation import FROM_OUTPUT, activation_backward
+from ._activation import grad_of_sum, saved_for_sum
 from ._arguments import check_tensor, integer, padding_sides, pair
 from ._conv2d_choice import gradients_algorithm
 from ._operator import (
@@ -154,18 +154,13 @@ def _check(input, weight, bias, packed, stride, padding, dilation, groups, activ
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     input, weight, bias, _, *ctx.geometry, ctx.activation, ctx.algorithm = inputs
     ctx.has_bias = bias is not None
-    from_output = ctx.activation in FROM_OUTPUT
-    needs_sum = ctx.activation is not None and not from_output
-    ctx.save_for_backward(input, weight, bias if needs_sum else None, output if from_output else None)
+    ctx.save_for_backward(input, weight, *saved_for_sum(ctx.activation, output, bias))
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    input, weight, bias, output = ctx.saved_tensors
-    if ctx.activation is not None:
-        total = output
-        if total is None:  # the operator keeps no sum: it is computed again
-            total = operator(ctx.backend, input, weight, bias, None, *ctx.geometry, None, ctx.algorithm)
-        grad = activation_backward(grad, total, ctx.activation)
+    input, weight, output, bias = ctx.saved_tensors
+    operands = (input, weight, bias, None, *ctx.geometry, None, ctx.algorithm)
+    grad = grad_of_sum(grad, output, ctx.activation, lambda: operator(ctx.backend, *operands))
     grad = channel_shuffle.operator(ctx.backend, grad, weight.shape[0] // ctx.geometry[-1], None)
     need = ctx.needs_input_grad
     needed = (need[0], need[1], ctx.has_bias and need[2])

@@ -84,6 +84,9 @@ def as_offsets(offsets: object) -> torch.Tensor:
     if isinstance(offsets, torch.Tensor):
         if offsets.is_floating_point() or offsets.is_complex() or offsets.dtype == torch.bool:
             raise TypeError(f"offsets must be integers, got a tensor of {offsets.dtype}")
+        if offsets.layout != torch.strided or offsets.is_nested or offsets.device.type == "meta":
+            kind = "nested" if offsets.is_nested else f"{offsets.layout} on {offsets.device}"
+            raise TypeError(f"offsets must be a strided tensor with values, got one that is {kind}")
         whole = offsets.to("cpu", torch.int64)
         if offsets.dtype == torch.uint64:  # what did not fit has become negative
             whole = whole.masked_fill(whole < 0, FAR)
@@ -112,7 +115,7 @@ def check_offsets(offsets: torch.Tensor, channels: int) -> None:
         )
 
 
-def check_placed(offsets: torch.Tensor) -> None:
+def check_offsets_placed(offsets: torch.Tensor) -> None:
     """Raises unless offsets are as :func:`as_offsets` returns them, for operators called by themselves."""
     if offsets.dtype != torch.int64 or offsets.device.type != "cpu":
         raise TypeError(f"offsets must be int64 on the CPU, got {offsets.dtype} on {offsets.device}")
@@ -121,7 +124,7 @@ def check_placed(offsets: torch.Tensor) -> None:
 def _check(input: torch.Tensor, offsets: torch.Tensor, algorithm: str | None) -> None:
     check_tensor("input", input, rank=4)
     check_offsets(offsets, input.shape[1])
-    check_placed(offsets)
+    check_offsets_placed(offsets)
     choose.check_algorithm("triton", algorithm)
 
 

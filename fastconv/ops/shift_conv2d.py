@@ -9,7 +9,7 @@ import torch
 
 from ..backends import Choice
 from . import _convolution, _plans, conv2d, shift2d
-from ._activation import FROM_OUTPUT, activation_backward
+from ._activation import grad_of_sum, saved_for_sum
 from ._arguments import check_tensor, pair
 from ._conv2d_choice import gradients_algorithm
 from ._operator import (
@@ -92,8 +92,7 @@ def shift_conv2d(
         _check(input, offsets, weight, bias, None, stride, activation, None)
         backend = choose(backend, algorithm, input, weight, stride)
         if backend == "cpu" and algorithm is None:
-            as_pixels = memory_format_of(input) == torch.channels_last and tuple(stride) == (1, 1)
-            algorithm = "direct" if as_pixels else "im2col"
+            algorithm = default_algorithm(input, weight, stride)
         plan = _plans.keep(key, (backend, algorithm, stride))
     backend, algorithm, stride = plan
     if backend == "reference":
@@ -103,10 +102,22 @@ def shift_conv2d(
     return operator(backend, input, offsets, weight, bias, packed, stride, activation, algorithm)
 
 
+def default_algorithm(input: torch.Tensor, weight: torch.Tensor, stride: Sequence[int]) -> str:
+    """The C++ kernel where a call names none; ``csrc/shift_conv2d/shift_conv2d.cpp`` has its twin."""
+    whole_pixels = memory_format_of(input) == torch.channels_last and tuple(stride) == (1, 1)
+    return "direct" if whole_pixels else "im2col"
+
+
 def _why_not(backend, algorithm, input, weight, stride, *_) -> str | None:
-    if algorithm == "implicit_gemm":
-        return _convolution.why_not(backend, algorithm, input, weight, *_geometry(stride))
-    return None
+    if backend not in ("cuda", "emulator") or algorithm in (None, "plain"):
+        return None
+    channels, height, width = input.shape[1:]
+    if channels > 4096 or max(height, width) > 32767:  # what fits in the parameters of a launch
+        return (
+            f"algorithm={algorithm!r} takes at most 4096 channels and images of 32767 rows and columns, got "
+            f"{channels} channels of {height}x{width}; algorithm='plain' takes any"
+        )
+    return _convolution.why_not(backend, algorithm, input, weight, *_geometry(stride))
 
 
 choose = Choice(
@@ -139,7 +150,7 @@ def _check(input, offsets, weight, bias, packed, stride, activation, algorithm) 
 
 def _check_triton(input, offsets, weight, bias, packed, *rest) -> None:
     _convolution.check_not_packed(packed)
-    shift2d.check_placed(offsets)
+    shift2d.check_offsets_placed(offsets)
     _check(input, offsets, weight, bias, packed, *rest)
 
 
@@ -151,20 +162,13 @@ def _fake(input, offsets, weight, bias, packed, stride, activation, algorithm):
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     input, offsets, weight, bias, _, ctx.stride, ctx.activation, ctx.algorithm = inputs
     ctx.has_bias = bias is not None
-    from_output = ctx.activation in FROM_OUTPUT
-    needs_sum = ctx.activation is not None and not from_output
-    ctx.save_for_backward(
-        input, offsets, weight, bias if needs_sum else None, output if from_output else None
-    )
+    ctx.save_for_backward(input, offsets, weight, *saved_for_sum(ctx.activation, output, bias))
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    input, offsets, weight, bias, output = ctx.saved_tensors
-    if ctx.activation is not None:
-        total = output
-        if total is None:  # the operator keeps no sum: it is computed again
-            total = operator(ctx.backend, input, offsets, weight, bias, None, ctx.stride, None, ctx.algorithm)
-        grad = activation_backward(grad, total, ctx.activation)
+    input, offsets, weight, output, bias = ctx.saved_tensors
+    operands = (input, offsets, weight, bias, None, ctx.stride, None, ctx.algorithm)
+    grad = grad_of_sum(grad, output, ctx.activation, lambda: operator(ctx.backend, *operands))
     need_input, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     shifted = shift2d.operator(ctx.backend, input, offsets, None) if need_weight else input
     needed = (need_input, need_weight, ctx.has_bias and need_bias)
