@@ -79,13 +79,13 @@ def add_products(
     row, column, exists,  # of that source pixel; whether there is such a target
     source_height, source_width, stride_c, stride_h, stride_w,
     row_step, column_step,  # source pixels from tap to tap
-    offsets_ptr,  # (channels, 2): where each channel is read instead, if POINTWISE; or None
+    offsets_ptr,  # (channels, 2): where each channel is read instead, if ONE_TAP; or None
     weight_ptr,
     weight,  # each filter's offset of its first tap, first channel
     filter, filters, channels,  # of a bundle; ``channels`` are what is summed over
     weight_stride_c, weight_stride_h, weight_stride_w,  # from channel to channel, tap to tap
     taps, tap_columns,
-    POINTWISE: tl.constexpr, TRANSPOSED: tl.constexpr, BUNDLE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TAP: tl.constexpr, TRANSPOSED: tl.constexpr, BUNDLE: tl.constexpr, PRECISION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """Adds the products of all taps and channels to the sums of a tile."""
@@ -95,13 +95,13 @@ def add_products(
         channel = k % channels
         source_offset = channel.to(INDEX) * stride_c
         inside = by_pixel(exists, CHANNELS_LAST) & by_channel(k < length, CHANNELS_LAST)
-        if not POINTWISE:
+        if not ONE_TAP:
             i, j = k // channels // tap_columns, k // channels % tap_columns
             down, right = i * row_step, j * column_step
         elif offsets_ptr is not None:
             down = tl.load(offsets_ptr + 2 * channel, mask=k < length, other=0).to(tl.int32)
             right = tl.load(offsets_ptr + 2 * channel + 1, mask=k < length, other=0).to(tl.int32)
-        if not POINTWISE or offsets_ptr is not None:
+        if not ONE_TAP or offsets_ptr is not None:
             h = by_pixel(row, CHANNELS_LAST) + by_channel(down, CHANNELS_LAST)
             w = by_pixel(column, CHANNELS_LAST) + by_channel(right, CHANNELS_LAST)
             inside = inside & (h >= 0) & (h < source_height) & (w >= 0) & (w < source_width)
@@ -120,7 +120,7 @@ def add_products(
             group, filter_group = channel // group_channels, filter // (filters // BUNDLE)
             same = by_pixel(group, CHANNELS_LAST) == by_channel(filter_group, CHANNELS_LAST)
             exists_weight = exists_weight & same
-        if not POINTWISE:
+        if not ONE_TAP:
             weight_offset += i.to(INDEX) * weight_stride_h + j.to(INDEX) * weight_stride_w
         w = by_channel(weight, CHANNELS_LAST) + by_pixel(weight_offset, CHANNELS_LAST)
         w = tl.load(weight_ptr + w, mask=exists_weight, other=0.0)
@@ -156,13 +156,12 @@ def store(
         offset = by_pixel(residual, CHANNELS_LAST) + by_channel(channel * residual_stride_c, CHANNELS_LAST)
         sums += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(sums.dtype)
     if output_stride_g is None:
-        channel = channel * output_stride_c
+        place = channel * output_stride_c
     else:
-        group = bundle * BUNDLE + filter // (filters // BUNDLE)
-        channel = (filter % (filters // BUNDLE)).to(INDEX) * output_stride_c + group.to(
-            INDEX
-        ) * output_stride_g
-    offset = by_pixel(output, CHANNELS_LAST) + by_channel(channel, CHANNELS_LAST)
+        filter_of_group = (filter % (filters // BUNDLE)).to(INDEX)
+        group = (bundle * BUNDLE + filter // (filters // BUNDLE)).to(INDEX)
+        place = filter_of_group * output_stride_c + group * output_stride_g
+    offset = by_pixel(output, CHANNELS_LAST) + by_channel(place, CHANNELS_LAST)
     tl.store(output_ptr + offset, activate(sums, ACTIVATION), mask=mask)
 
 
