@@ -453,7 +453,7 @@ def test_list_and_create():
         (models.cifar_resnet, {"depth": 2}, ValueError, "depth must be 6n . 2 .*, got 2"),
         (models.shift_resnet, {"depth": 21}, ValueError, "depth must be 6n . 2 .*, got 21"),
         (models.shift_resnet, {"depth": 20, "expansion": 0.5}, ValueError, "expansion must be .*9/16.* 0.5"),
-        (models.shufflenet_v1, {"scale": 0}, ValueError, "scale must be above 0, got 0"),
+        (models.shufflenet_v1, {"scale": 0}, ValueError, "scale must be a number above 0, got 0"),
         (models.shufflenet_v1, {"scale": 0.001}, ValueError, "scale leaves no channels .* 0.001"),
         (models.shufflenet_v1, {"groups": 5}, ValueError, r"groups must be one of \(1, 2, 3, 4, 8\), got 5"),
         (models.tsm_resnet, {"depth": 20}, ValueError, r"depth must be one of \(18, 50\), got 20"),

@@ -180,7 +180,7 @@ def test_kernel_follows_layout_padding_and_autocast(monkeypatch):
         seen.append((input.dtype, weight.dtype, tuple(input.shape), padding))
         return "plain"
 
-    monkeypatch.setitem(Conv2d.kernel.__globals__, "default_algorithm", default)
+    monkeypatch.setattr(Conv2d, "default_algorithm", staticmethod(default))
     layer = Conv2d(4, 6, 3, padding=(1, 2), padding_mode="circular", backend="cpu")
     assert layer.kernel(x) == ("cpu", "plain")
     with torch.autocast("cpu", torch.bfloat16):

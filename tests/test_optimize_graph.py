@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 from pathlib import Path
 
 import pytest
@@ -260,93 +262,6 @@ def test_without_a_kernel_it_stays(monkeypatch):
     assert row.reason == "no channel_shuffle for torch.float32"
 
 
-# Memory formats: PyTorch's views make channels_last contiguous
-
-
-class Net(nn.Module):
-    def __init__(self, tail=lambda x: x.mean([2, 3])):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=24)
-        self.tail = tail
-
-    def forward(self, x):
-        x = self.second(view_with_free_size(self.first(x).relu(), 3))
-        return self.tail(reshape_permute_reshape(x, 8))
-
-
-@torch.library.custom_op("fastconv_tests::total", mutates_args=())
-def total(x: torch.Tensor) -> torch.Tensor:
-    """Of another library, so that nobody knows what it reads."""
-    return x.sum()
-
-
-@total.register_fake
-def _(x):
-    return x.new_empty(())
-
-
-def net(**options):
-    return Net(**options).to(DEVICE, memory_format=torch.channels_last).eval()
-
-
-@needs_kernel
-@pytest.mark.parametrize("symbols", [False, True])
-def test_channels_last_stays_so_where_nobody_can_see_it(symbols):
-    model, x = net(), image(4, 3, 6, 10, channels_last=True)
-    graphs = Graphs(model)
-    torch.testing.assert_close(graphs(dynamic(x) if symbols else x), model(x), rtol=1e-4, atol=1e-5)
-    assert graphs.names().count("fastconv.channel_shuffle") == 2
-
-
-def pixels_first(x):
-    n, c, h, w = x.shape
-    return (
-        x.permute(0, 2, 3, 1)
-        .reshape(n, h, w, 2, c // 2)
-        .transpose(3, 4)
-        .reshape(n, h, w, c)
-        .permute(0, 3, 1, 2)
-    )
-
-
-def columns_of_a_shuffle(x):
-    n, c, h, w = x.shape
-    return x.view(n, 2, c // 2, h, w).permute(0, 2, 1, 4, 3).reshape(n, c, w, h).transpose(2, 3)
-
-
-@needs_kernel
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_pixels_first_is_channels_last_with_other_words(channels_last):
-    x = image(2, 6, 4, 5, channels_last=channels_last)
-    if channels_last:
-        check(pixels_first, x, "channel_shuffle")
-    else:
-        (row,) = refused(pixels_first, x)
-        assert "other strides" in row.reason
-
-
-@needs_kernel
-def test_columns_before_rows_are_seen():
-    (row,) = refused(columns_of_a_shuffle, image(2, 6, 4, 5))
-    assert "other strides" in row.reason
-
-
-@needs_kernel
-@pytest.mark.parametrize(
-    "tail",
-    [
-        lambda x: x,
-        lambda x: x * 2,
-        lambda x: x.view(x.shape[0], -1),
-        lambda x: torch.as_strided(x, (4,), (1,)).sum(),
-        lambda x: total(x) + 1,
-    ],
-)
-def test_channels_last_is_left_where_somebody_could_see_it(tail):
-    rows = refused(net(tail=tail), image(4, 3, 6, 10, channels_last=True))
-    assert len(rows) == 2 and all("other strides" in row.reason for row in rows)
-
-
 # Graphs of other origins
 
 
@@ -377,6 +292,45 @@ def test_symbolic_trace_and_restore():
     assert fastconv.optimize_graph(traced, x) == [], "nothing is left"
     assert fastconv.restore(traced).code == code
     assert torch.equal(traced(x), model(x))
+
+
+class Broadcast(nn.Module):
+    def forward(self, x):
+        output = torch.zeros_like(x)
+        output[:, :8, 1:].copy_(x[:, :8, :1])
+        output[:, 8:].copy_(x[:, 8:])
+        return output
+
+
+def test_what_the_example_alone_makes_true_is_not_taken_for_true():
+    """A broadcast of one row is a shift where there are two."""
+    traced = fx.symbolic_trace(Broadcast())
+    rows = fastconv.optimize_graph(traced, image(2, 12, 2, 4))
+    assert all("example_input has fixed 2" in row.reason for row in rows)
+    for x in (image(2, 12, 2, 4), image(3, 12, 5, 4)):
+        assert torch.equal(traced(x), Broadcast()(x))
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 4, 5), (2, 6, 1, 5), (2, 6, 4, 1), (0, 6, 4, 5)])
+def test_examples_of_one_are_refused(shape):
+    """With one image or row a permutation of them is a shuffle of channels, too."""
+    with pytest.raises(ValueError, match="example_input must have at least 2 images, rows and columns"):
+        fastconv.optimize_graph(fx.symbolic_trace(Shuffles()), image(*shape))
+
+
+@needs_kernel
+def test_pickles_copies_and_new_traces():
+    traced, x = fx.symbolic_trace(Shuffles().to(DEVICE)), image(2, 6, 4, 5)
+    assert len(fastconv.optimize_graph(traced, x)) == 3
+    for again in (pickle.loads(pickle.dumps(traced)), copy.deepcopy(traced), fx.symbolic_trace(traced)):
+        assert torch.equal(again(x), traced(x))
+
+
+def test_the_module_is_left_alone():
+    traced = fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(6), nn.ChannelShuffle(3)).to(DEVICE))
+    before = {name: value.clone() for name, value in traced.state_dict().items()}
+    fastconv.optimize_graph(traced, image(2, 6, 4, 5))
+    assert all(torch.equal(value, before[name]) for name, value in traced.state_dict().items())
 
 
 @needs_kernel
@@ -413,9 +367,19 @@ def test_transforms_keep_their_own(transform):
     assert refused(transform(inner), given) == []
 
 
-def test_modules_with_hooks_keep_them():
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda module: module.register_forward_hook(lambda module, args, output: output + 1),
+        lambda module: module.register_forward_pre_hook(lambda module, args: None),
+        lambda module: module.register_full_backward_hook(lambda module, grads, outputs: None),
+        lambda module: module.register_full_backward_pre_hook(lambda module, grads: None),
+        lambda module: setattr(module, "forward", lambda x: x),
+    ],
+)
+def test_modules_that_are_watched_stay(watch):
     model = nn.Sequential(nn.ChannelShuffle(2))
-    model[0].register_forward_hook(lambda module, args, output: output + 1)
+    watch(model[0])
     traced = fx.symbolic_trace(model)
     assert fastconv.optimize_graph(traced, image(2, 6, 4, 5)) == []
 

@@ -10,7 +10,7 @@
 // Bytes: each value is read once and written once, but those that leave their clip, which are not moved; in
 //   place those of the folds. A seam's cache line is read for each frame that it holds.
 // Before it: plain moves one value at a time, and asks of each where it comes from.
-// Limits: in channels_last, rows that are not whole vectors (16 float32) are copied by halves and quarters.
+// Limits: in channels_last, rows that are not whole vectors are copied by halves and quarters.
 #include <algorithm>
 
 #include "../common/copy.h"

@@ -114,9 +114,9 @@ class ShuffleNetV1(nn.Module):
         plain: bool,
     ) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale must be above 0, got {scale!r}")
-        if groups not in CHANNELS:
+        if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ValueError(f"scale must be a number above 0, got {scale!r}")
+        if type(groups) is not int or groups not in CHANNELS:
             raise ValueError(f"groups must be one of {tuple(CHANNELS)}, got {groups!r}")
         # As the published MACs have it: 24 filters from scale 1 to below 2.
         stem = _multiple(24 * 2 ** math.floor(math.log2(scale)), groups)

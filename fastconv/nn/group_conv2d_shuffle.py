@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
-from ..ops._arguments import padding_sides
 from ..ops.group_conv2d_shuffle import group_conv2d_shuffle
 from .conv2d import Conv2d
 
@@ -34,27 +31,5 @@ class GroupConv2dShuffle(Conv2d):
     """
 
     op = "group_conv2d_shuffle"
-
-    def _conv_forward(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        images, padding = self._images(input)
-        output = group_conv2d_shuffle(
-            images,
-            weight,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            activation=self.activation,
-            backend=self.backend,
-            algorithm=self.algorithm,
-        )
-        return output if input.dim() == 4 else output.squeeze(0)
-
-    def kernel(self, input: torch.Tensor) -> tuple[str, str | None]:
-        """The backend and the algorithm that run on an input; raises BackendError if a named one cannot."""
-        images, padding = self._images(input)
-        sides = padding_sides(padding, self.kernel_size, self.stride, self.dilation)
-        return self._kernel(images, self.stride, sides, self.dilation, self.groups)
+    convolve = staticmethod(group_conv2d_shuffle)
+    default_algorithm = None

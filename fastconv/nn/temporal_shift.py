@@ -136,8 +136,10 @@ class TemporalShift(nn.Module):
                 f"{mine.dtype} on {mine.device}; reset() forgets the last frame"
             )
         shifted = as_memory_format(torch.cat([last, others], 1), memory_format_of(frame))
-        self._last = mine.clone()  # the frame itself may be overwritten by the next
-        return self.block(shifted)
+        following = mine.clone()  # the frame itself may be overwritten by the next
+        output = self.block(shifted)
+        self._last = following
+        return output
 
     def reset(self) -> None:
         """Forgets the last frame: the next one is the first of its clip."""

@@ -77,7 +77,7 @@ def temporal_shift(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it and says what is allowed.
-        RuntimeError: ``inplace``, and the input requires a gradient, or its elements share memory.
+        RuntimeError: ``inplace``, and the input requires a gradient, or its elements share memory (expand).
         BackendError: the named backend or algorithm cannot run this call; the message says why.
 
     Reference: Lin, Gan, Han, "TSM: Temporal Shift Module for Efficient Video Understanding", 2019,

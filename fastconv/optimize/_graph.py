@@ -46,27 +46,29 @@ def optimize_graph(graph_module: fx.GraphModule, example_input: Any = None) -> l
     What is recognised: channel shuffles as one call or module, and as any views and permutations that
     amount to one; shifts, written slice by slice into zeros. All that is needed must be proven by
     the graph's shapes: channels and groups are known integers, batch and image may be symbols. Nothing that
-    can be observed changes but the time: numbers, gradients, and the shapes and strides of the outputs.
+    can be observed changes but the time: numbers, gradients, shapes and strides; but our operators have no
+    forward-mode derivatives.
 
     Args:
         graph_module: from ``torch.fx.symbolic_trace``, ``torch.export.export(...).module()`` or Dynamo.
         example_input: a tensor, or a tuple of arguments; for graphs that do not know their shapes, such as
-            ``symbolic_trace``'s. Of four-dimensional tensors every size of at least 2 but the channels is
-            taken for a symbol, any other for a constant.
+            ``symbolic_trace``'s. Of four-dimensional tensors every size but the channels is taken for a
+            symbol, and must be at least 2; any other is a constant. Hooks of its modules see tensors without
+            data.
 
     Returns:
-        A row for each place that was recognised. ``fastconv.restore`` puts the graph back as it was.
+        A row for each place that was recognised. ``fastconv.restore`` puts the graph back as it was when this
+        first changed it; what others have changed since goes with it.
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise TypeError(f"graph_module must be a torch.fx.GraphModule, got {type(graph_module).__name__}")
     from ._rewrite import learn_shapes, rewrite
 
-    if example_input is not None:
-        learn_shapes(graph_module, example_input)
+    obstacle = None if example_input is None else learn_shapes(graph_module, example_input)
     for module in graph_module.modules():
         if isinstance(module, fx.GraphModule) and module not in ORIGINALS:
             ORIGINALS[module] = copy.deepcopy(module.graph)
-    return rewrite(graph_module)
+    return rewrite(graph_module, obstacle)
 
 
 def restore_graph(module: nn.Module) -> None:

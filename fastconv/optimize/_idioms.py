@@ -141,9 +141,8 @@ def single_call(node: fx.Node) -> Match | None:
         groups = node.kwargs["groups"] if "groups" in node.kwargs else node.args[1]
     elif node.op == "call_module":
         module = node.graph.owning_module.get_submodule(node.target)
-        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         name = type(module).__name__
-        groups = module.groups if type(module) is nn.ChannelShuffle and not hooks else None
+        groups = module.groups if type(module) is nn.ChannelShuffle and not _is_watched(module) else None
     else:
         return None
     source = input_of(node)
@@ -152,6 +151,12 @@ def single_call(node: fx.Node) -> Match | None:
     return Match(
         name, "channel_shuffle", channel_shuffle, {"groups": groups}, source, frozenset([node]), node, node
     )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Or has a forward of its own."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
 
 
 # Views and permutations
