@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "../conv2d/conv2d_cuda.h"
 #include "../common/image.h"
+#include "../conv2d/conv2d_cuda.h"
 #include "shift_conv2d.h"
 
 namespace fastconv {
