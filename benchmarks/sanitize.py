@@ -22,9 +22,10 @@ def sizes(tiny: dict[str, int]) -> list[dict[str, int]]:
     """An operator's tiny sizes, and ones that cross the edges of tiles and of channel blocks."""
     found = [tiny]
     if "kernel" in tiny:
+        first, second = (channels * tiny.get("groups", 1) for channels in (35, 67))
         found += [
-            {**tiny, "batch": 2, "channels": 35, "height": 19, "width": 37, "kernel": 5, "padding": 2},
-            {**tiny, "batch": 2, "channels": 67, "height": 33, "width": 18, "stride": 2},
+            {**tiny, "batch": 2, "channels": first, "height": 19, "width": 37, "kernel": 5, "padding": 2},
+            {**tiny, "batch": 2, "channels": second, "height": 33, "width": 18, "stride": 2},
         ]
     return found
 

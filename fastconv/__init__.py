@@ -8,8 +8,11 @@ from .ops.channel_shuffle import channel_shuffle, channel_shuffle_reference
 from .ops.conv2d import conv2d, conv2d_reference
 from .ops.conv_transpose2d import conv_transpose2d, conv_transpose2d_reference
 from .ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
+from .ops.group_conv2d_shuffle import group_conv2d_shuffle, group_conv2d_shuffle_reference
 from .ops.shift2d import shift2d, shift2d_reference
-from .optimize import OptimizeError, enable, optimize, report, restore
+from .ops.shift_conv2d import shift_conv2d, shift_conv2d_reference
+from .ops.temporal_shift import temporal_shift, temporal_shift_reference
+from .optimize import OptimizeError, enable, optimize, optimize_graph, report, restore
 from .precision import get_precision, set_precision
 
 __version__ = "0.1.0"
@@ -32,15 +35,22 @@ __all__ = [
     "emulator",
     "enable",
     "get_precision",
+    "group_conv2d_shuffle",
+    "group_conv2d_shuffle_reference",
     "models",
     "nn",
     "optimize",
+    "optimize_graph",
     "report",
     "restore",
     "set_packed_weights_limit",
     "set_precision",
     "shift2d",
     "shift2d_reference",
+    "shift_conv2d",
+    "shift_conv2d_reference",
+    "temporal_shift",
+    "temporal_shift_reference",
     "use_backend",
 ]
 

@@ -28,6 +28,8 @@ import torch
 from torch import nn
 
 from .nn.shift2d import Shift2d
+from .nn.shift_conv2d import ShiftConv2d
+from .nn.temporal_shift import ClipShift
 
 Pair = tuple[int, int]
 
@@ -270,17 +272,24 @@ POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def bytes_moved(module: nn.Module, input: torch.Tensor, output: torch.Tensor) -> int:
-    """Bytes of a call's input, output, parameters and floating-point buffers, each counted once."""
+    """Bytes of a call's input, output, parameters and floating-point buffers, each counted once.
+
+    Of a shift in place, those of the channels that move, read and written.
+    """
+    if isinstance(module, ClipShift) and module.inplace:
+        return 2 * input[:, : module.moved(input.shape[1])].nbytes
     own = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     return sum(t.numel() * t.element_size() for t in (input, output, *own))
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module has a row of its own: it computes by itself and has parameters, pools, or shuffles."""
+    """Whether a module has a row of its own: it computes by itself, has parameters, pools or moves values."""
     leaf = not any(True for _ in module.children())
     own = any(True for _ in module.parameters(recurse=False))
-    known = isinstance(module, (*POOLS, nn.ChannelShuffle, *(kind for kinds in MACS for kind in kinds)))
-    return known or (leaf and own) or type(module).__module__.startswith("fastconv.nn.")
+    known = isinstance(
+        module, (*POOLS, nn.ChannelShuffle, Shift2d, *(kind for kinds in MACS for kind in kinds))
+    )
+    return known or (leaf and (own or type(module).__module__.startswith("fastconv.nn.")))
 
 
 @dataclass(frozen=True)
@@ -398,8 +407,8 @@ def _grow(module: Any, field: _Field, input_shape: Sequence[int], output_shape: 
         field = field.window(reach, (1, 1), size)
         finer = (max(1, step // s) for step, s in zip(field.step, module.stride))
         return _Field(field.extent, tuple(finer), size)
-    if isinstance(module, Shift2d):
-        return field.window(module.extent, (1, 1), size)
+    if isinstance(module, (Shift2d, ShiftConv2d)):
+        return field.window(module.extent, getattr(module, "stride", (1, 1)), size)
     if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
         kernel, dilation, stride = _geometry(module)
         return field.window(tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation)), stride, size)

@@ -29,17 +29,15 @@ from .conv2d_implicit_gemm import (
     conv2d_implicit_gemm_grad_input_kernel,
 )
 from .conv2d_launch import (
-    BAND,
     arithmetic,
     bundle_size,
     index_type,
     launch_grad_input,
+    launch_implicit_gemm,
     launch_pointwise,
     limits,
     require,
     shape_of_taps,
-    taps_in_memory_order,
-    tiling,
 )
 from .conv2d_pointwise import conv2d_pointwise_forward_kernel
 
@@ -75,7 +73,10 @@ def conv2d_forward_triton(
                 *(input, weight, bias, residual, output, groups, activation, False),
             )
         else:
-            _forward(input, weight, bias, residual, output, stride, padding, dilation, groups, activation)
+            launch_implicit_gemm(
+                conv2d_implicit_gemm_forward_kernel,
+                *(input, weight, bias, residual, output, stride, padding, dilation, groups, activation),
+            )
     return output
 
 
@@ -125,30 +126,6 @@ def conv2d_backward_triton(
             # One pass over grad_output, whose speed memory sets: PyTorch's own sum, in an order as fixed.
             grad_bias = grad_output.sum((0, 2, 3), dtype=sum_type(input.dtype)).to(input.dtype)
     return grad_input, grad_weight, grad_bias
-
-
-def _forward(input, weight, bias, residual, output, stride, padding, dilation, groups, activation) -> None:
-    memory_format = memory_format_of(output)
-    channels_last = memory_format == torch.channels_last
-    input, weight = in_memory_format(input, memory_format), taps_in_memory_order(weight)
-    batch, out_channels, *out_size = output.shape
-    bundle = bundle_size(groups, weight.shape[1], out_channels // groups)
-    bundles = groups // bundle
-    channels, filters = input.shape[1] // bundles, out_channels // bundles
-    pixels = batch * out_size[0] * out_size[1]
-    factors = arithmetic(input.dtype)
-    length = weight.shape[2] * weight.shape[3] * channels
-    limit = limits(input.dtype, factors["PRECISION"], channels_last, channels, filters)
-    tile = tiling(limit, pixels, filters, bundles, length)
-    pixel_blocks = triton.cdiv(pixels, tile["PIXELS"])
-    conv2d_implicit_gemm_forward_kernel[(pixel_blocks * triton.cdiv(filters, tile["FILTERS"]) * bundles,)](
-        input, weight, None if bias is None else bias.contiguous(), residual, output,
-        *input.stride(), *weight.stride(), *(output if residual is None else residual).stride(),
-        *output.stride(), batch, *input.shape[2:], *out_size, padding[0], padding[2], pixel_blocks,
-        bundles, channels, filters, CHANNELS_LAST=channels_last,
-        ACTIVATION=activation, BUNDLE=bundle, BAND=BAND, INDEX=index_type(input, weight, residual, output),
-        **shape_of_taps(weight, stride, dilation), **factors, **tile, **COMPILE_OPTIONS,
-    )  # fmt: skip
 
 
 def _grad_weight(grad_output, input, weight, stride, padding, dilation, groups) -> torch.Tensor:

@@ -79,12 +79,13 @@ def add_products(
     row, column, exists,  # of that source pixel; whether there is such a target
     source_height, source_width, stride_c, stride_h, stride_w,
     row_step, column_step,  # source pixels from tap to tap
+    offsets_ptr,  # (channels, 2): where each channel is read instead, if ONE_TAP; or None
     weight_ptr,
     weight,  # each filter's offset of its first tap, first channel
     filter, filters, channels,  # of a bundle; ``channels`` are what is summed over
     weight_stride_c, weight_stride_h, weight_stride_w,  # from channel to channel, tap to tap
     taps, tap_columns,
-    POINTWISE: tl.constexpr, TRANSPOSED: tl.constexpr, BUNDLE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TAP: tl.constexpr, TRANSPOSED: tl.constexpr, BUNDLE: tl.constexpr, PRECISION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """Adds the products of all taps and channels to the sums of a tile."""
@@ -94,12 +95,17 @@ def add_products(
         channel = k % channels
         source_offset = channel.to(INDEX) * stride_c
         inside = by_pixel(exists, CHANNELS_LAST) & by_channel(k < length, CHANNELS_LAST)
-        if not POINTWISE:
+        if not ONE_TAP:
             i, j = k // channels // tap_columns, k // channels % tap_columns
-            h = by_pixel(row, CHANNELS_LAST) + by_channel(i * row_step, CHANNELS_LAST)
-            w = by_pixel(column, CHANNELS_LAST) + by_channel(j * column_step, CHANNELS_LAST)
+            down, right = i * row_step, j * column_step
+        elif offsets_ptr is not None:
+            down = tl.load(offsets_ptr + 2 * channel, mask=k < length, other=0).to(tl.int32)
+            right = tl.load(offsets_ptr + 2 * channel + 1, mask=k < length, other=0).to(tl.int32)
+        if not ONE_TAP or offsets_ptr is not None:
+            h = by_pixel(row, CHANNELS_LAST) + by_channel(down, CHANNELS_LAST)
+            w = by_pixel(column, CHANNELS_LAST) + by_channel(right, CHANNELS_LAST)
             inside = inside & (h >= 0) & (h < source_height) & (w >= 0) & (w < source_width)
-            source_offset += (i * row_step).to(INDEX) * stride_h + (j * column_step).to(INDEX) * stride_w
+            source_offset += down.to(INDEX) * stride_h + right.to(INDEX) * stride_w
         x = by_pixel(source, CHANNELS_LAST) + by_channel(source_offset, CHANNELS_LAST)
         x = tl.load(source_ptr + x, mask=inside, other=0.0)
 
@@ -114,7 +120,7 @@ def add_products(
             group, filter_group = channel // group_channels, filter // (filters // BUNDLE)
             same = by_pixel(group, CHANNELS_LAST) == by_channel(filter_group, CHANNELS_LAST)
             exists_weight = exists_weight & same
-        if not POINTWISE:
+        if not ONE_TAP:
             weight_offset += i.to(INDEX) * weight_stride_h + j.to(INDEX) * weight_stride_w
         w = by_channel(weight, CHANNELS_LAST) + by_pixel(weight_offset, CHANNELS_LAST)
         w = tl.load(weight_ptr + w, mask=exists_weight, other=0.0)
@@ -136,8 +142,9 @@ def store(
     bias_ptr, residual_ptr, output_ptr,  # bias: (M,) or None; residual: or None
     residual, output,  # each pixel's offset
     residual_stride_c, output_stride_c,
+    output_stride_g,  # from group to group, then output_stride_c is from filter to filter of a group; or None
     exists, filter, filters, bundle,
-    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr,
+    BUNDLE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """output = activation(sums + bias + residual)."""
     channel = (bundle * filters + filter).to(INDEX)
@@ -148,7 +155,13 @@ def store(
     if residual_ptr is not None:
         offset = by_pixel(residual, CHANNELS_LAST) + by_channel(channel * residual_stride_c, CHANNELS_LAST)
         sums += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(sums.dtype)
-    offset = by_pixel(output, CHANNELS_LAST) + by_channel(channel * output_stride_c, CHANNELS_LAST)
+    if output_stride_g is None:
+        place = channel * output_stride_c
+    else:
+        filter_of_group = (filter % (filters // BUNDLE)).to(INDEX)
+        group = (bundle * BUNDLE + filter // (filters // BUNDLE)).to(INDEX)
+        place = filter_of_group * output_stride_c + group * output_stride_g
+    offset = by_pixel(output, CHANNELS_LAST) + by_channel(place, CHANNELS_LAST)
     tl.store(output_ptr + offset, activate(sums, ACTIVATION), mask=mask)
 
 
@@ -163,6 +176,7 @@ def conv2d_implicit_gemm_forward_kernel(
     weight_stride_m, weight_stride_c, weight_stride_h, weight_stride_w,
     residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
     output_stride_n, output_stride_c, output_stride_h, output_stride_w,
+    output_stride_g,  # see store
     batch, in_height, in_width, out_height, out_width, top, left, pixel_blocks,
     bundles, channels, filters,  # channels and filters of a bundle of groups
     KH: tl.constexpr, KW: tl.constexpr,
@@ -183,7 +197,7 @@ def conv2d_implicit_gemm_forward_kernel(
     weight = (bundle * filters + filter).to(INDEX) * weight_stride_m
     sums = add_products(
         zeros(SUM, CHANNELS_LAST, PIXELS, FILTERS), input_ptr, source, row, column, exists,
-        in_height, in_width, input_stride_c, input_stride_h, input_stride_w, DH, DW,
+        in_height, in_width, input_stride_c, input_stride_h, input_stride_w, DH, DW, None,
         weight_ptr, weight, filter, filters, channels, weight_stride_c, weight_stride_h, weight_stride_w,
         KH * KW, KW, False, False, BUNDLE, PRECISION, CHANNELS_LAST, INDEX, REDUCTION,
     )  # fmt: skip
@@ -192,7 +206,7 @@ def conv2d_implicit_gemm_forward_kernel(
     output = n * output_stride_n + e * output_stride_h + f * output_stride_w
     store(
         sums, bias_ptr, residual_ptr, output_ptr, residual, output, residual_stride_c, output_stride_c,
-        exists, filter, filters, bundle, ACTIVATION, CHANNELS_LAST, INDEX,
+        output_stride_g, exists, filter, filters, bundle, BUNDLE, ACTIVATION, CHANNELS_LAST, INDEX,
     )  # fmt: skip
 
 
@@ -240,7 +254,7 @@ def conv2d_implicit_gemm_grad_input_kernel(
     sums = add_products(
         zeros(SUM, CHANNELS_LAST, PIXELS, FILTERS), grad_output_ptr, source, row, column, exists,
         out_height, out_width, grad_stride_m, grad_stride_h, grad_stride_w,
-        -(STEP_H * DH // SH), -(STEP_W * DW // SW),
+        -(STEP_H * DH // SH), -(STEP_W * DW // SW), None,
         weight_ptr, weight, filter, filters, channels,
         weight_stride_m, weight_stride_h * STEP_H, weight_stride_w * STEP_W,
         tap_rows * tap_columns, tap_columns, False, True, BUNDLE, PRECISION, CHANNELS_LAST, INDEX, REDUCTION,
@@ -248,5 +262,5 @@ def conv2d_implicit_gemm_grad_input_kernel(
     target = n.to(INDEX) * input_stride_n + h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
     store(
         sums, bias_ptr, None, grad_input_ptr, target, target, input_stride_c, input_stride_c,
-        exists, filter, filters, bundle, None, CHANNELS_LAST, INDEX,
+        None, exists, filter, filters, bundle, BUNDLE, None, CHANNELS_LAST, INDEX,
     )  # fmt: skip

@@ -103,7 +103,7 @@ def limits(dtype: torch.dtype, precision: str, channels_last: bool, channels: in
         return Limits(64, 4096, 16, 3, 32 if wide else 16)
     if wide:
         return Limits(128, 16384, 128 // dtype.itemsize, 3, 32)
-    return Limits(128, 8192, 64 // dtype.itemsize, 3, 32)
+    return Limits(128, 8192, 64 // dtype.itemsize, 3, 16)  # each value's address takes registers, too
 
 
 def tiling(limit: Limits, pixels: int, filters: int, copies: int, length: int) -> dict[str, int]:
@@ -118,6 +118,45 @@ def tiling(limit: Limits, pixels: int, filters: int, copies: int, length: int) -
 def taps_in_memory_order(weight: torch.Tensor) -> torch.Tensor:
     """The weight with neighbouring channels neighbours in memory; a channels_last weight is not copied."""
     return weight.contiguous(memory_format=torch.channels_last)
+
+
+def launch_implicit_gemm(
+    kernel: Any,  # conv2d_implicit_gemm_forward_kernel
+    input: torch.Tensor,  # (N, C, H, W)
+    weight: torch.Tensor,  # (M, C / G, KH, KW)
+    bias: torch.Tensor | None,  # (M,)
+    residual: torch.Tensor | None,  # (N, M, E, F)
+    output: torch.Tensor,  # (N, M, E, F), written
+    stride: Sequence[int],
+    padding: Sequence[int],  # top, bottom, left, right
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None,
+    shuffled: bool = False,
+) -> None:
+    """A convolution; if ``shuffled``, its channels are shuffled by the groups."""
+    memory_format = memory_format_of(output)
+    channels_last = memory_format == torch.channels_last
+    input, weight = in_memory_format(input, memory_format), taps_in_memory_order(weight)
+    batch, out_channels, *out_size = output.shape
+    bundle = bundle_size(groups, weight.shape[1], out_channels // groups)
+    bundles = groups // bundle
+    channels, filters = input.shape[1] // bundles, out_channels // bundles
+    pixels = batch * out_size[0] * out_size[1]
+    factors = arithmetic(input.dtype)
+    length = weight.shape[2] * weight.shape[3] * channels
+    limit = limits(input.dtype, factors["PRECISION"], channels_last, channels, filters)
+    tile = tiling(limit, pixels, filters, bundles, length)
+    pixel_blocks = triton.cdiv(pixels, tile["PIXELS"])
+    kernel[(pixel_blocks * triton.cdiv(filters, tile["FILTERS"]) * bundles,)](
+        input, weight, None if bias is None else bias.contiguous(), residual, output,
+        *input.stride(), *weight.stride(), *(output if residual is None else residual).stride(),
+        *_strides(output, groups if shuffled else None),
+        batch, *input.shape[2:], *out_size, padding[0], padding[2], pixel_blocks,
+        bundles, channels, filters, CHANNELS_LAST=channels_last,
+        ACTIVATION=activation, BUNDLE=bundle, BAND=BAND, INDEX=index_type(input, weight, residual, output),
+        **shape_of_taps(weight, stride, dilation), **factors, **tile, **COMPILE_OPTIONS,
+    )  # fmt: skip
 
 
 def launch_grad_input(
@@ -168,8 +207,12 @@ def launch_pointwise(
     groups: int,
     activation: str | None,
     transposed: bool,
+    shuffled: bool = False,
 ) -> None:
-    """A matrix product for each group; tensors whose pixels are not evenly apart are copied first."""
+    """A matrix product for each group; tensors whose pixels are not evenly apart are copied first.
+
+    If ``shuffled``, the output's channels are shuffled by the groups.
+    """
     channels_last = memory_format_of(output) == torch.channels_last
     input, target = _runs_of_pixels(input, channels_last), _runs_of_pixels(output, channels_last)
     residual = None if residual is None else _runs_of_pixels(residual, channels_last)
@@ -185,12 +228,24 @@ def launch_pointwise(
     kernel[(images * pixel_blocks * triton.cdiv(filters, tile["FILTERS"]) * bundles,)](
         input, weight, None if bias is None else bias.contiguous(), residual, target,
         *input.stride(), *(reversed(weight.stride()[:2]) if transposed else weight.stride()[:2]),
-        *(target if residual is None else residual).stride(), *target.stride(),
+        *(target if residual is None else residual).stride(),
+        *_strides(target, groups if shuffled else None),
         images, pixels, pixel_blocks, bundles, channels, filters,
         CHANNELS_LAST=channels_last, ACTIVATION=activation, TRANSPOSED=transposed, BUNDLE=bundle, BAND=BAND,
         INDEX=index_type(input, weight, residual, target),
         **factors, **tile, **COMPILE_OPTIONS,
     )  # fmt: skip
+
+
+def _strides(output: torch.Tensor, shuffled_by: int | None) -> tuple[int | None, ...]:
+    """Those of an output, and then what ``store`` takes as stride from group to group.
+
+    Shuffled, filter k of group g is channel k * G + g: seen as (N, M / G, G, ...), no stride is irregular.
+    """
+    image, channel, *rest = output.stride()
+    if shuffled_by is None:
+        return image, channel, *rest, None
+    return image, shuffled_by * channel, *rest, channel
 
 
 def _runs_of_pixels(tensor: torch.Tensor, channels_last: bool) -> torch.Tensor:

@@ -26,6 +26,7 @@ def conv2d_pointwise_forward_kernel(
     weight_stride_m, weight_stride_c,
     residual_stride_n, residual_stride_c, residual_stride_p,
     output_stride_n, output_stride_c, output_stride_p,
+    output_stride_g,  # see store
     images, pixels, pixel_blocks,  # pixels of an image, and their blocks
     bundles, channels, filters,  # channels and filters of a bundle of groups
     SUM: tl.constexpr, PRECISION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -47,7 +48,7 @@ def conv2d_pointwise_forward_kernel(
         weight = (bundle * filters + filter).to(INDEX) * weight_stride_m
     sums = add_products(
         zeros(SUM, CHANNELS_LAST, PIXELS, FILTERS), input_ptr, source, 0, 0, exists,
-        0, 0, input_stride_c, 0, 0, 0, 0,
+        0, 0, input_stride_c, 0, 0, 0, 0, None,
         weight_ptr, weight, filter, filters, channels, weight_stride_c, 0, 0,
         1, 1, True, TRANSPOSED, BUNDLE, PRECISION, CHANNELS_LAST, INDEX, REDUCTION,
     )  # fmt: skip
@@ -55,5 +56,5 @@ def conv2d_pointwise_forward_kernel(
     output = n * output_stride_n + pixel * output_stride_p
     store(
         sums, bias_ptr, residual_ptr, output_ptr, residual, output, residual_stride_c, output_stride_c,
-        exists, filter, filters, bundle, ACTIVATION, CHANNELS_LAST, INDEX,
+        output_stride_g, exists, filter, filters, bundle, BUNDLE, ACTIVATION, CHANNELS_LAST, INDEX,
     )  # fmt: skip

@@ -44,6 +44,12 @@ def shift2d_plain_forward_kernel(
     tl.store(output_ptr + flat, values, mask=exists)
 
 
+def offsets_beside(input: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The offsets on the input's device; those beyond the image are all alike."""
+    far = max(input.shape[2:])
+    return offsets.clamp(-far, far).contiguous().to(input.device)
+
+
 def shift2d_forward_triton(
     input: torch.Tensor,  # (N, C, H, W)
     offsets: torch.Tensor,  # (C, 2), int64 on the CPU
@@ -55,12 +61,10 @@ def shift2d_forward_triton(
         return output
     memory_format = memory_format_of(input)
     channels, height, width = input.shape[1:]
-    far = max(height, width)
     with on_device_of(input):
         shift2d_plain_forward_kernel[(triton.cdiv(input.numel(), BLOCK),)](
             input.contiguous(memory_format=memory_format),
-            offsets.clamp(-far, far).contiguous().to(input.device), output,
-            input.numel(), channels, height, width,
+            offsets_beside(input, offsets), output, input.numel(), channels, height, width,
             CHANNELS_LAST=memory_format == torch.channels_last, BLOCK=BLOCK, num_warps=4, **COMPILE_OPTIONS,
         )  # fmt: skip
     return output

@@ -17,6 +17,7 @@ if DEVICE == "cpu":
     assert "triton" not in sys.modules, "too late: Triton reads TRITON_INTERPRET when it is imported"
     os.environ["TRITON_INTERPRET"] = "1"
 
+from fastconv import emulator  # noqa: E402
 from fastconv.backends import CHOICES, available, why_not  # noqa: E402
 from fastconv.ops._operator import OVERLOADS  # noqa: E402
 
@@ -107,6 +108,15 @@ LAYOUTS: dict[str, Callable[[Callable[..., torch.Tensor], tuple[int, ...]], torc
     "transposed_pixels": lambda make, shape: make((*shape[:2], shape[3], shape[2])).transpose(2, 3),
     "transposed_batch": lambda make, shape: make((shape[1], shape[0], *shape[2:])).transpose(0, 1),
 }
+
+
+def global_bytes(call: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of global memory that the emulated kernels of a call read, and wrote."""
+    with emulator.count() as counters:
+        call()
+    return tuple(
+        sum(kernel[f"global_{kind}_bytes"] for kernel in counters.values()) for kind in ("load", "store")
+    )
 
 
 def zeros_beyond_32_bits(layout: str) -> torch.Tensor:

@@ -86,6 +86,11 @@ class Convolution:
             input, weight, bias, *arguments, activation=self.activation, residual=residual, **keywords
         )
 
+    def operands(self, tensors: Sequence[torch.Tensor | None], algorithm: str | None) -> tuple:
+        """Of ``torch.ops.fastconv.<op>``; weights are not packed."""
+        input, weight, bias, residual = (*tensors, None, None)[:4]
+        return input, weight, bias, residual, None, *self.geometry, self.activation, algorithm
+
     @property
     def function(self) -> Callable:
         return getattr(fastconv, self.op)
@@ -141,6 +146,59 @@ class Transposed(Convolution):
         input, weight, bias = (*tensors, None)[:3]
         arguments = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
         return function(input, weight, bias, *arguments, **keywords)
+
+    def operands(self, tensors: Sequence[torch.Tensor | None], algorithm: str | None) -> tuple:
+        return *(*tensors, None)[:3], None, *self.geometry, algorithm
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled(Convolution):
+    op = "group_conv2d_shuffle"
+    names = ("input", "weight", "bias")
+
+    def call(self, function: Callable, tensors: Sequence[torch.Tensor | None], **keywords: Any):
+        input, weight, bias = (*tensors, None)[:3]
+        arguments = (self.stride, self.padding, self.dilation, self.groups)
+        return function(input, weight, bias, *arguments, activation=self.activation, **keywords)
+
+    def operands(self, tensors: Sequence[torch.Tensor | None], algorithm: str | None) -> tuple:
+        return *(*tensors, None)[:3], None, *self.geometry, self.activation, algorithm
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifted(Convolution):
+    kernel: tuple[int, int] = (1, 1)
+    offsets: str = "window"  # or "scattered": anywhere; or "far": some beyond the image
+
+    op = "shift_conv2d"
+    names = ("input", "weight", "bias")
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return (
+            self.input[0],
+            self.filters,
+            *((size - 1) // s + 1 for size, s in zip(self.input[2:], pair("stride", self.stride))),
+        )
+
+    @property
+    def shift(self) -> torch.Tensor:
+        """(C, 2), rows (dh, dw)."""
+        channel = torch.arange(self.input[1])
+        if self.offsets == "window":  # in runs, as ShiftNet has them
+            place = channel * 9 // max(self.input[1], 1)
+            return torch.stack([place // 3 - 1, place % 3 - 1], 1)
+        scattered = torch.stack([channel * 5 % 7 - 3, channel * 3 % 5 - 2], 1)
+        return scattered if self.offsets == "scattered" else scattered * (1 + channel[:, None] % 3 * 2**40)
+
+    def call(self, function: Callable, tensors: Sequence[torch.Tensor | None], **keywords: Any):
+        input, weight, bias = (*tensors, None)[:3]
+        keywords["activation"] = self.activation
+        return function(input, self.shift, weight, bias, self.stride, **keywords)
+
+    def operands(self, tensors: Sequence[torch.Tensor | None], algorithm: str | None) -> tuple:
+        input, weight, bias = (*tensors, None)[:3]
+        return input, self.shift, weight, bias, None, self.geometry[0], self.activation, algorithm
 
 
 def dtype_for(run: Run, wanted: torch.dtype = torch.float32) -> torch.dtype:

@@ -64,6 +64,7 @@ LAUNCHES = [
     Layer((64, 3, 224, 224), 64, 7, 2, channels_last=False),
     Layer((64, 128, 56, 56), 128, 3, groups=32),
     Layer((64, 128, 56, 56), 128, 3, groups=32, channels_last=False),
+    Layer((64, 128, 28, 28), 128, 3, groups=4, channels_last=False),
     Layer(LATE, 2048, 1, algorithm="pointwise"),
     Layer(LATE, 2048, 1, channels_last=False, algorithm="pointwise"),
     Layer(MIDDLE, 1024, 1, dtype="float32", algorithm="pointwise"),

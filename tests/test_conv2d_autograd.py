@@ -1,4 +1,4 @@
-"""Convolution and its transpose, differentiated, mapped, compiled: what every kernel shares with PyTorch."""
+"""Convolution and its relatives, differentiated, mapped, compiled: what every kernel shares with PyTorch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import DEVICE, LAYOUTS, for_runs, runs
-from convolutions import Convolution, Transposed
+from cases import DEVICE, LAYOUTS, runs
+from convolutions import Convolution, Shifted, Shuffled, Transposed
 from tolerances import assert_close
 from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
@@ -29,24 +29,27 @@ CASES = [
     Transposed((1, 4, 3, 2), 6, (3, 2), (2, 1), (1, 0), (1, 2), groups=2, output_padding=(1, 0)),
     Transposed((1, 3, 2, 3), 2, padding=1),
     Transposed((2, 3, 2, 3), 2, (1, 1)),
+    Shuffled((1, 4, 5, 4), 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=2),
+    Shuffled((2, 6, 2, 3), 6, (1, 1), groups=3),
+    Shifted((2, 3, 4, 3), 2, stride=(2, 1), offsets="scattered"),
+    Shifted((1, 9, 2, 3), 2),
 ]
+OPS = dict.fromkeys(case.op for case in CASES)
 DENSE = ["contiguous", "channels_last"]
 
 
 def pairs(*, own=True, cases=CASES, first=False):
-    """Every run of both operators, with those of the cases that it serves, or the first of them.
+    """Every run of each operator, with those of the cases that it serves, or the first of them.
 
     Not the interpreted kernels, which take a second for a dozen programs: what they do not share with others
     is in test_conv2d.py.
     """
     found = []
-    for run in runs("conv2d", own=own):
-        for op, layout in itertools.product(("conv2d", "conv_transpose2d"), DENSE):
+    for op, layout in itertools.product(OPS, DENSE):
+        for run in runs(op, own=own):
             if run.slow or (run.backend != "cpu" and layout == "contiguous"):
                 continue
-            served = [
-                c for c in cases if c.op == op and run in runs(op) and c.serves(run, torch.float64, layout)
-            ]
+            served = [c for c in cases if c.op == op and c.serves(run, torch.float64, layout)]
             found += [(run, case, layout) for case in served[: 1 if first else None]]
     return pytest.mark.parametrize("run, case, layout", found, ids=str)
 
@@ -87,7 +90,7 @@ def test_gradgradcheck(case, layout, run):
     assert torch.autograd.gradgradcheck(ours(run, case), given, fast_mode=True)
 
 
-@pairs(cases=CASES[:3])
+@pairs(cases=[*CASES[:3], *CASES[6:]])
 def test_activations(case, layout, run):
     for activation in ACTIVATIONS[1:]:
         f = ours(run, case.replace(activation=activation))
@@ -234,23 +237,32 @@ SAMPLES = [
 ]
 
 
-@for_runs(
-    list({run.backend: run for run in reversed(runs("conv2d", own=True))}.values()),
-    case=([CASES[0], CASES[3]], [SLOW]),
-    sample=(SAMPLES, [SAMPLES[1]]),
-    where=lambda run, case, sample: case.serves(run, torch.float64, sample[0]),
-)
+def samples():
+    """Of each operator one case and one algorithm of each backend, as the input may lie and with no image."""
+    found = [(run, SLOW, SAMPLES[1]) for run in runs("conv2d", own=True) if run.slow][:1]
+    for case in (
+        CASES[0].replace(activation="gelu"),
+        CASES[3],
+        CASES[6].replace(activation="silu"),
+        CASES[8],
+    ):
+        of_backend = {r.backend: r for r in reversed(runs(case.op, own=True)) if not r.slow}
+        for run, sample in itertools.product(of_backend.values(), SAMPLES):
+            if case.serves(run, torch.float64, sample[0]):
+                found.append((run, case, sample))
+    return pytest.mark.parametrize("run, case, sample", found, ids=str)
+
+
+@samples()
 def test_opcheck(case, sample, run):
     layout, batch = sample
     case = case.replace(input=(batch, *case.input[1:]))
-    input, weight, bias, *rest = (t.detach().requires_grad_() for t in tensors(case, layout))
+    input, weight, *rest = (t.detach().requires_grad_() for t in tensors(case, layout))
     operator = run.operator(case.op)
-    if case.op == "conv_transpose2d":
-        torch.library.opcheck(operator, (input, weight, bias, None, *case.geometry, run.algorithm))
-        return
-    residual = rest[0] if rest else None
-    arguments = (input, weight, bias, residual, None, *case.geometry, "gelu", run.algorithm)
+    arguments = case.operands((input, weight, *rest), run.algorithm)
     torch.library.opcheck(operator, arguments)
+    if case.op != "conv2d":  # the others' gradients are made of operators that are checked already
+        return
     grad_output = operator(*arguments).detach().requires_grad_()
     for need in ((True, True, True), (True, False, False), (False, True, False)):
         arguments = (grad_output, input, weight, *case.geometry, run.algorithm, *need)
@@ -290,11 +302,12 @@ def test_autocast(case, layout, run, dtype):
 
 @pairs(cases=[case.replace(bias=False, residual=False) for case in CASES])
 def test_flops_are_those_of_pytorchs_convolution(case, layout, run):
-    theirs = getattr(torch.nn.functional, case.op)
-    if case.op == "conv2d":
-
-        def theirs(*tensors, activation, residual):
-            return torch.nn.functional.conv2d(*tensors)
+    def theirs(input, *arguments, activation=None, residual=None):
+        if case.op == "shift_conv2d":
+            arguments = arguments[1:]
+        transposed = case.op == "conv_transpose2d"
+        convolve = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
+        return convolve(input, *arguments)
 
     def flops(f):
         input, weight = tensors(case, layout, torch.float32)

@@ -187,7 +187,6 @@ UNSERVED = {  # run: what it does not serve, and what the message must hold
             *("multiple of 8 channels", "got 4 and 8"),
         ),
     ],
-    "cpu-im2col": [({"input": zeros(2, 4, 5, 7).to(memory_format=torch.channels_last)}, "contiguous")],
 }
 
 

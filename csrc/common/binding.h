@@ -151,6 +151,15 @@ inline Tensor new_tensor(const Integers& sizes, const Tensor& like,
   }
 }
 
+// A shift's rows (dh, dw), one for each channel.
+inline void check_offsets(const Tensor& offsets, int64_t channels) {
+  check_rank(offsets, 2, "offsets");
+  check_size(offsets, 0, channels, "offsets");
+  check_size(offsets, 1, 2, "offsets");
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.is_cpu(),
+                  "offsets must be int64 on the CPU");
+}
+
 // PyTorch's threads, for a kernel's ParallelFor: one range of indices for each thread.
 inline void torch_threads(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
   if (count <= 1) return body(0, count, context);

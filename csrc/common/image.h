@@ -1,6 +1,8 @@
 // How images lie in memory.
 #pragma once
 
+#include <functional>
+
 #include "types.h"
 
 namespace fastconv {
@@ -25,5 +27,16 @@ template <typename Shape>
 inline FASTCONV_HOST_DEVICE ImageIndex output_index(const Shape& s) {
   return {s.out_channels, s.out_height, s.out_width, s.channels_last};
 }
+
+// A shift's offset along an axis of some size; all beyond the image are alike.
+inline int64_t limited(int64_t offset, int64_t size) {
+  return offset < -size ? -size : offset > size ? size : offset;
+}
+
+// Brings a row of a result where it is not read as it lies in the image.
+using MoveRow =
+    std::function<void(const void* image,  // (height, width, channels), or (channels, height, width)
+                       int64_t row,        // of the result
+                       void* target)>;     // (width, channels)
 
 }  // namespace fastconv

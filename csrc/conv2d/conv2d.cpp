@@ -8,29 +8,6 @@
 namespace fastconv {
 namespace {
 
-Conv2dShape make_shape(const Tensor& input, const Tensor& weight, const Integers& stride,
-                       const Integers& padding, const Integers& dilation, int64_t groups) {
-  check_rank(input, 4, "input");
-  check_like(weight, input, "weight");
-  check_integers(padding, 4, 0, "padding");
-  Conv2dShape shape = make_shape_of_weight(weight, stride, {padding[0], padding[2]}, dilation, groups);
-  STD_TORCH_CHECK(input.size(1) == shape.in_channels, "weight must have size ", input.size(1), " / ", groups,
-                  " in dimension 1 (input's channels / groups), got ", weight.size(1));
-  shape.batch = input.size(0);
-  shape.in_height = input.size(2);
-  shape.in_width = input.size(3);
-  shape.out_height =
-      output_size(shape.in_height, shape.kernel_height, stride[0], padding[0] + padding[1], dilation[0]);
-  shape.out_width =
-      output_size(shape.in_width, shape.kernel_width, stride[1], padding[2] + padding[3], dilation[1]);
-  shape.channels_last = memory_format_of(input) == MemoryFormat::ChannelsLast;
-  return shape;
-}
-
-Integers output_sizes(const Conv2dShape& shape) {
-  return {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
-}
-
 void check_like_output(const Tensor& tensor, const Tensor& input, const Conv2dShape& shape,
                        const char* name) {
   check_rank(tensor, 4, name);
@@ -43,7 +20,7 @@ template <typename Backend>
 Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                std::optional<Tensor> packed, Integers stride, Integers padding, Integers dilation,
                int64_t groups, std::optional<std::string> activation, std::optional<std::string> algorithm) {
-  const Conv2dShape shape = make_shape(input, weight, stride, padding, dilation, groups);
+  const Conv2dShape shape = conv2d_shape(input, weight, stride, padding, dilation, groups);
   check_bias(bias, input, shape.out_channels);
   if (residual) {
     check_like_output(*residual, input, shape, "residual");
@@ -67,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
                                             Integers padding, Integers dilation, int64_t groups,
                                             std::optional<std::string> algorithm, bool need_input,
                                             bool need_weight, bool need_bias) {
-  const Conv2dShape shape = make_shape(input, weight, stride, padding, dilation, groups);
+  const Conv2dShape shape = conv2d_shape(input, weight, stride, padding, dilation, groups);
   check_like_output(grad_output, input, shape, "grad_output");
 
   const Integers nothing = {0};

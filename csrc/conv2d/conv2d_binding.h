@@ -43,6 +43,30 @@ inline Conv2dShape make_shape_of_weight(const Tensor& weight, const Integers& st
   return shape;
 }
 
+// The shape of a convolution of these images; raises where they and the weight do not fit together.
+inline Conv2dShape conv2d_shape(const Tensor& input, const Tensor& weight, const Integers& stride,
+                                const Integers& padding, const Integers& dilation, int64_t groups) {
+  check_rank(input, 4, "input");
+  check_like(weight, input, "weight");
+  check_integers(padding, 4, 0, "padding");
+  Conv2dShape shape = make_shape_of_weight(weight, stride, {padding[0], padding[2]}, dilation, groups);
+  STD_TORCH_CHECK(input.size(1) == shape.in_channels, "weight must have size ", input.size(1), " / ", groups,
+                  " in dimension 1 (input's channels / groups), got ", weight.size(1));
+  shape.batch = input.size(0);
+  shape.in_height = input.size(2);
+  shape.in_width = input.size(3);
+  shape.out_height =
+      output_size(shape.in_height, shape.kernel_height, stride[0], padding[0] + padding[1], dilation[0]);
+  shape.out_width =
+      output_size(shape.in_width, shape.kernel_width, stride[1], padding[2] + padding[3], dilation[1]);
+  shape.channels_last = memory_format_of(input) == MemoryFormat::ChannelsLast;
+  return shape;
+}
+
+inline Integers output_sizes(const Conv2dShape& shape) {
+  return {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
+}
+
 // A bias of one value for each channel, dense.
 inline void check_bias(std::optional<Tensor>& bias, const Tensor& input, int64_t channels) {
   if (!bias) return;
@@ -54,7 +78,6 @@ inline void check_bias(std::optional<Tensor>& bias, const Tensor& input, int64_t
 
 // What a variant's kernels take for granted. fastconv.conv2d says the same in words before it comes to this.
 inline bool serves(const std::string& variant, const Conv2dShape& s) {
-  if (variant == "im2col") return !s.channels_last;
   if (variant.starts_with("winograd"))
     return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_height == 1 && s.stride_width == 1 &&
            s.dilation_height == 1 && s.dilation_width == 1;

@@ -29,6 +29,8 @@ struct Conv2dPass {
   int weight_source, weight_result;  // values of the weight from one channel of a group to the next
   Axis height, width;
   bool channels_last, transposed;
+  // Channels of the result from one filter of a group to the next, and from a group to the next.
+  int filter_step, group_step;
 };
 
 // One phase of an axis. Tap t of the phase is tap first_tap + t * tap_step of the kernel, result r reads
@@ -72,7 +74,7 @@ inline Axis axis_of(int64_t source, int64_t result, int64_t kernel, int64_t stri
           transposed ? int(std::min(stride, result)) : 1};
 }
 
-inline Conv2dPass conv2d_pass(const Conv2dShape& s, bool transposed) {
+inline Conv2dPass conv2d_pass(const Conv2dShape& s, bool transposed, bool shuffled = false) {
   Conv2dPass p{};
   p.batch = s.batch;
   p.source_channels = transposed ? s.out_channels : s.in_channels;
@@ -92,6 +94,8 @@ inline Conv2dPass conv2d_pass(const Conv2dShape& s, bool transposed) {
               s.stride_width, s.dilation_width, s.padding_left, transposed, "padded input width");
   p.channels_last = s.channels_last;
   p.transposed = transposed;
+  p.filter_step = shuffled ? p.groups : 1;
+  p.group_step = shuffled ? 1 : p.result_group;
   return p;
 }
 
@@ -176,6 +180,18 @@ struct alignas(sizeof(T) * Count < 16 ? sizeof(T) * Count : 16) Pack {
   T values[Count];
 };
 
+// A tile's filters: the first is number `filter` of all and makes channel `channel` of the result; from one
+// to the next it is `step` channels, and from a channel to the next `channel_step` values.
+struct TileFilters {
+  int64_t filter, channel, channel_step;
+  int step, count;  // count: that the group has from the first on
+};
+__device__ __forceinline__ TileFilters tile_filters(const Conv2dPass& p, int64_t group, int first_filter,
+                                                    int64_t channel_step) {
+  return {group * p.result_group + first_filter, first_filter * int64_t(p.filter_step) + group * p.group_step,
+          channel_step, p.filter_step, p.result_group - first_filter};
+}
+
 // The end of a block's work: sums from shared memory (pixels, filters; `pitch` values from one pixel to the
 // next) get bias, residual and activation, and go to memory in its order. place(p) is where pixel p of the
 // tile has channel 0 of the result, or negative where there is no such pixel. 16 bytes at once where
@@ -183,13 +199,12 @@ struct alignas(sizeof(T) * Count < 16 ? sizeof(T) * Count : 16) Pack {
 template <int Pixels, int Filters, typename T, typename Place>
 __device__ __forceinline__ void store_tile(const accumulate_t<T>* sums, int pitch,
                                            const Conv2dEpilogue<T>& epilogue, T* result,
-                                           int64_t first_channel, int channels, int64_t channel_step,
-                                           bool packed, const Place& place) {
+                                           const TileFilters& filters, bool packed, const Place& place) {
   using A = accumulate_t<T>;
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
   const bool has_bias = epilogue.bias != nullptr, has_residual = epilogue.residual != nullptr;
   const auto finished = [&](A sum, int filter, bool active, T residual) {
-    sum += load(load_global(epilogue.bias + (has_bias ? first_channel + filter : 0), has_bias && active));
+    sum += load(load_global(epilogue.bias + (has_bias ? filters.filter + filter : 0), has_bias && active));
     return rounded<T>(activate(sum + load(residual), epilogue.activation));
   };
   if (packed) {
@@ -200,8 +215,8 @@ __device__ __forceinline__ void store_tile(const accumulate_t<T>* sums, int pitc
     for (int index = thread; index < Pixels * (Filters / Count); index += threads) {
       const int pixel = index / (Filters / Count), filter = index % (Filters / Count) * Count;
       const int64_t at = place(pixel);
-      const bool active = at >= 0 && filter < channels;
-      const int64_t offset = active ? at + first_channel + filter : 0;
+      const bool active = at >= 0 && filter < filters.count;
+      const int64_t offset = active ? at + filters.channel + filter : 0;
       Values values =
           load_global(reinterpret_cast<const Values*>(epilogue.residual + (has_residual ? offset : 0)),
                       has_residual && active);
@@ -219,11 +234,12 @@ __device__ __forceinline__ void store_tile(const accumulate_t<T>* sums, int pitc
   }
 #pragma unroll 1
   for (int index = thread; index < Pixels * Filters; index += threads) {  // neighbours in memory
-    const int pixel = channel_step == 1 ? index / Filters : index % Pixels;
-    const int filter = channel_step == 1 ? index % Filters : index / Pixels;
+    const int pixel = filters.channel_step == 1 ? index / Filters : index % Pixels;
+    const int filter = filters.channel_step == 1 ? index % Filters : index / Pixels;
     const int64_t at = place(pixel);
-    const bool active = at >= 0 && filter < channels;
-    const int64_t offset = active ? at + (first_channel + filter) * channel_step : 0;
+    const bool active = at >= 0 && filter < filters.count;
+    const int64_t offset =
+        active ? at + (filters.channel + int64_t(filter) * filters.step) * filters.channel_step : 0;
     const T residual = load_global(epilogue.residual + (has_residual ? offset : 0), has_residual && active);
     store_global(result + offset,
                  finished(load_shared(sums + pixel * pitch + filter), filter, active, residual), active);
@@ -239,8 +255,8 @@ FASTCONV_HOST_DEVICE constexpr int sums_pitch(int filters, bool channels_last) {
 template <typename T>
 bool is_packed(const Conv2dEpilogue<T>& epilogue, const T* result, const Conv2dPass& pass) {
   const auto aligned = [](const T* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  return pass.channels_last && pass.result_group % (16 / int(sizeof(T))) == 0 && aligned(result) &&
-         aligned(epilogue.residual);
+  return pass.channels_last && pass.filter_step == 1 && pass.result_group % (16 / int(sizeof(T))) == 0 &&
+         aligned(result) && aligned(epilogue.residual);
 }
 
 // grad_weight is summed in parts, over as many slices of the batch's pixels: enough blocks to fill a GPU, few

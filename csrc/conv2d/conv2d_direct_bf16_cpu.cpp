@@ -11,8 +11,10 @@ namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
 void direct_convolve_pairs(const BFloat16* input, const BFloat16Pair* packed,
                            const Conv2dEpilogue<BFloat16>& epilogue, BFloat16* output,
-                           const Conv2dShape& shape, bool transposed, ParallelFor threads) {
-  const DirectPass pass = transposed ? direct_transposed(shape) : direct_forward(shape);
+                           const Conv2dShape& shape, bool transposed, const MoveRow& move_row,
+                           ParallelFor threads) {
+  DirectPass pass = transposed ? direct_transposed(shape) : direct_forward(shape);
+  pass.move_row = move_row;
   const Direct<BFloat16, BFloat16Pair> direct(input, packed, epilogue, output, pass);
   parallel_for(threads, direct.items(), [&](int64_t begin, int64_t end) { direct.compute(begin, end); });
 }

@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(Threads, sizeof(T) < 8 ? 512 / Threads : 1)
   const Strides to =
       strides_of(pass.result_channels, pass.height.result, pass.width.result, pass.channels_last);
   store_tile<PixelThreads * Columns, BlockFilters>(
-      patch, pitch, epilogue, result, int64_t(group) * pass.result_group + first_filter,
-      pass.result_group - first_filter, to.channel, t.packed, [&](int pixel) {
+      patch, pitch, epilogue, result, tile_filters(pass, group, first_filter, to.channel), t.packed,
+      [&](int pixel) {
         const int r = first_row + pixel / tile_columns, c = first_column + pixel % tile_columns;
         return r < high.results && c < wide.results
                    ? image * to.image + (high.first + r * high.every) * to.row +

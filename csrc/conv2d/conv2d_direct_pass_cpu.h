@@ -58,7 +58,7 @@ class Direct {
         panels_{pass.to_group},
         from_(ceil_div(pass.from_group, values_in<E>)),
         in_place_(std::is_same_v<T, stored<E>> && pass.shape.channels_last && from_ >= few_channels &&
-                  pass.from_group % values_in<E> == 0),
+                  pass.from_group % values_in<E> == 0 && !pass.move_row),
         pixel_stride_(in_place_ ? input_.channels / values_in<E> : from_),
         columns_(columns_read()),
         streams_(is_floor(epilogue.activation) &&
@@ -169,6 +169,7 @@ class Direct {
         return worker.images.push_back(reinterpret_cast<const E*>(image.data + group * pass_.from_group));
       worker.images.push_back(tile - rows.begin * width() * from_);
       if (rows.begin == rows.end) return;  // the taps of these pixels read padding alone
+      if (pass_.move_row) return move_rows(image, rows, tile);
       const int64_t channel = group * pass_.from_group, padding = width() - image.width;
       const int64_t runs = padding > 0 ? rows.end - rows.begin : 1;
       const int64_t pixels = (rows.end - rows.begin) * image.width / runs;
@@ -179,6 +180,19 @@ class Direct {
         tile = std::fill_n(tile, (columns_.end - image.width) * from_, E{});
       }
     });
+  }
+
+  // Rows of an image by pass.move_row onto the end of the tile.
+  void move_rows(const Image<const T>& image, Range rows, E*& tile) const {
+    const int64_t values = image.width * image.channels;
+    const bool as_stored = std::is_same_v<T, stored<E>> && image.channels % values_in<E> == 0;
+    const Scratch<T> scratch(as_stored ? 0 : values);
+    for (int64_t row = rows.begin; row < rows.end; ++row, tile += image.width * from_) {
+      pass_.move_row(image.data, row, as_stored ? static_cast<void*>(tile) : scratch.data());
+      if (as_stored) continue;
+      const Image<const T> moved{scratch.data(), image.channels, 1, image.width, true};
+      load_operands(moved, 0, image.channels, 0, image.width, tile);
+    }
   }
 
   template <int V>

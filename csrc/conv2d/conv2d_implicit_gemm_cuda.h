@@ -15,9 +15,20 @@ __device__ __forceinline__ int unit_place(int pixel, int unit, int units) {
   return (pixel * units + (unit ^ (pixel * units / 8 % units))) * 8;
 }
 
+// Copies a panel through registers, in pairs of values that pair_at(pixel, unit, pair of the unit) loads;
+// lanes go along 8 pixels by 4 pairs.
+template <int Pixels, typename T, typename PairAt>
+__device__ __forceinline__ void fill_pairs(T* panel, int units, const PairAt& pair_at) {
+#pragma unroll 4
+  for (int i = int(threadIdx.x); i < Pixels * units * 4; i += gemm_threads) {
+    const int pixel = i % 8 + i / 32 % (Pixels / 8) * 8, pair = i / 8 % 4, unit = i / (4 * Pixels);
+    const Pack<T, 2> values = pair_at(pixel, unit, pair);
+    store_shared(reinterpret_cast<Pack<T, 2>*>(panel + unit_place(pixel, unit, units) + 2 * pair), values);
+  }
+}
+
 // Starts to copy a panel: units of 8 channels, at(pixel, unit, active) tells where from. `wide`: a unit is 16
-// bytes together (channels_last). Else its values lie `step` apart: they go through registers in pairs, lanes
-// along 8 pixels by 4 pairs.
+// bytes together (channels_last). Else its values lie `step` apart, and go through registers.
 template <int Pixels, typename T, typename At>
 __device__ __forceinline__ void fill_units(T* panel, int units, bool wide, int64_t step, const At& at) {
   bool active;
@@ -30,15 +41,10 @@ __device__ __forceinline__ void fill_units(T* panel, int units, bool wide, int64
     }
     return;
   }
-#pragma unroll 4
-  for (int i = int(threadIdx.x); i < Pixels * units * 4; i += gemm_threads) {
-    const int pixel = i % 8 + i / 32 % (Pixels / 8) * 8, pair = i / 8 % 4, unit = i / (4 * Pixels);
+  fill_pairs<Pixels>(panel, units, [&](int pixel, int unit, int pair) -> Pack<T, 2> {
     const T* const from = at(pixel, unit, active) + 2 * pair * step;
-    Pack<T, 2> values;
-    values.values[0] = load_global(from, active);
-    values.values[1] = load_global(from + step, active);
-    store_shared(reinterpret_cast<Pack<T, 2>*>(panel + unit_place(pixel, unit, units) + 2 * pair), values);
-  }
+    return {load_global(from, active), load_global(from + step, active)};
+  });
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// Transposed convolution, C++, im2col: contiguous images, a panel of columns of each phase at a time.
+// Transposed convolution, C++, im2col: a panel of columns of each phase at a time.
 //
 // Formula: conv_transpose2d.h. As direct, each residue of the output modulo the stride is a convolution of
 //   stride 1 with its own few taps, which conv2d_im2col_cpu.cpp computes.
@@ -24,7 +24,7 @@ template <typename T>
 void conv_transpose2d_im2col_forward_cpu(const T* input, const accumulate_t<T>* packed, const T* bias,
                                          T* output, const Conv2dShape& s, ParallelFor threads) {
   const Conv2dEpilogue<T> epilogue{bias, nullptr, Activation::none};
-  im2col_convolve(input, packed, epilogue, output, direct_transposed(s), threads);
+  im2col_convolve(input, packed, epilogue, output, {direct_transposed(s)}, threads);
 }
 
 #define FASTCONV_INSTANTIATE(T)                                                                         \

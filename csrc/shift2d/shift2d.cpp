@@ -31,11 +31,7 @@ struct Cuda {
 template <typename Backend>
 Tensor forward(Tensor input, Tensor offsets, std::optional<std::string> algorithm) {
   check_rank(input, 4, "input");
-  check_rank(offsets, 2, "offsets");
-  check_size(offsets, 0, input.size(1), "offsets");
-  check_size(offsets, 1, 2, "offsets");
-  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.is_cpu(),
-                  "offsets must be int64 on the CPU");
+  check_offsets(offsets, input.size(1));
   const MemoryFormat format = memory_format_of(input);
   const Tensor output = new_tensor(sizes_of(input), input, format);
   if (output.numel() == 0) return output;

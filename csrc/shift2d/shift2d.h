@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../common/cpu.h"
+#include "../common/image.h"
 #include "../common/types.h"
 
 namespace fastconv {
@@ -21,11 +22,6 @@ struct Shift2dShape {
     return ((image * channels + channel) * height + row) * width + column;
   }
 };
-
-// One offset along an axis of some size; all beyond the image are alike.
-inline int64_t limited(int64_t offset, int64_t size) {
-  return offset < -size ? -size : offset > size ? size : offset;
-}
 
 // T: float, double, BFloat16, Float16. Input and output are images as above; offsets are (channels, 2), rows
 // (dh, dw), any integers. The gradient is the shift by the opposite offsets, so that there is only one pass.

@@ -7,13 +7,13 @@
 // Before it: plain moves one value at a time, and asks for each whether it is inside.
 // Limits: memory, or the L2 cache; in channels_last loads, where many directions share a vector.
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "../common/copy.h"
 #include "../common/geometry.h"
 #include "../common/simd.h"
-#include "shift2d.h"
+#include "shift2d_rows_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
@@ -22,32 +22,6 @@ constexpr int64_t tile_bytes = 64 << 10;  // of output
 
 // The outputs along an axis whose source is inside.
 inline Range inside(int64_t offset, int64_t size) { return outputs_inside(offset, 1, size, size); }
-
-template <int B>
-struct BytesOf {
-  typedef uint8_t type __attribute__((vector_size(B)));
-};
-template <int B>
-using Bytes = typename BytesOf<B>::type;
-
-inline void copy_vector(char* to, const char* from) {
-  Bytes<vector_bytes> value;
-  __builtin_memcpy(&value, from, vector_bytes);
-  __builtin_memcpy(to, &value, vector_bytes);
-}
-
-// memcpy, whose stores, but for the first and the last, cross no cache line.
-inline void copy_block(char* to, const char* from, int64_t bytes) {
-  constexpr int64_t V = vector_bytes;
-  if (bytes < V) {
-    std::memcpy(to, from, bytes);
-    return;
-  }
-  copy_vector(to, from);
-  for (int64_t at = V - int64_t(reinterpret_cast<uintptr_t>(to) % V); at < bytes - V; at += V)
-    copy_vector(to + at, from + at);
-  copy_vector(to + bytes - V, from + bytes - V);
-}
 
 template <typename T>
 void move_plane(const T* from, T* to, int64_t height, int64_t width, int64_t dh, int64_t dw) {
@@ -58,8 +32,8 @@ void move_plane(const T* from, T* to, int64_t height, int64_t width, int64_t dh,
   }
   const int64_t begin = rows.begin * width + columns.begin, end = (rows.end - 1) * width + columns.end;
   std::memset(to, 0, rows.begin * width * sizeof(T));
-  copy_block(reinterpret_cast<char*>(to + begin),
-             reinterpret_cast<const char*>(from + begin + dh * width + dw), (end - begin) * sizeof(T));
+  copy_run(reinterpret_cast<char*>(to + begin), reinterpret_cast<const char*>(from + begin + dh * width + dw),
+           (end - begin) * sizeof(T));
   std::memset(to + rows.end * width, 0, (height - rows.end) * width * sizeof(T));
   if (dw == 0) return;
   const int64_t edge = dw < 0 ? 0 : columns.end, count = dw < 0 ? -dw : dw;
@@ -164,44 +138,60 @@ void move_slice(const Slice<B>& slice, const char* from, char* to, int64_t step,
   move(end, last, edge);
 }
 
-template <typename T, int B>
-void move_pixels(const T* input, const int64_t* offsets, T* output, const Shift2dShape& s,
-                 ParallelFor threads) {
-  const std::vector<Slice<B>> slices = find_slices<T, B>(offsets, s);
-  const int64_t step = s.channels * int64_t(sizeof(T)), tile = std::max<int64_t>(1, tile_bytes / step);
-  parallel_for(threads, s.batch * s.height, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t row = index % s.height;
-      const char* from = reinterpret_cast<const char*>(input) + index * s.width * step;
-      char* to = reinterpret_cast<char*>(output) + index * s.width * step;
-      for (int64_t first = 0; first < s.width; first += tile)
-        for (const Slice<B>& slice : slices) {
-          const int64_t last = std::min(first + tile, s.width);
-          if (holds(slice.rows, row))
-            move_slice(slice, from, to, step, first, last);
-          else
-            move_slice(slice.only(row), from, to, step, first, last);
-        }
-    }
-  });
-}
-
 // With the widest vectors that a pixel fills.
 template <typename T, int B>
-void choose_vectors(const T* input, const int64_t* offsets, T* output, const Shift2dShape& s,
-                    ParallelFor threads) {
+MoveRow mover(const int64_t* offsets, const Shift2dShape& s) {
   if constexpr (B > int(sizeof(T)))
-    if (s.channels * int64_t(sizeof(T)) < B)
-      return choose_vectors<T, B / 2>(input, offsets, output, s, threads);
-  move_pixels<T, B>(input, offsets, output, s, threads);
+    if (s.channels * int64_t(sizeof(T)) < B) return mover<T, B / 2>(offsets, s);
+  const int64_t width = s.width, step = s.channels * int64_t(sizeof(T));
+  return [=, slices = find_slices<T, B>(offsets, s)](const void* image, int64_t row, void* target) {
+    const char* from = static_cast<const char*>(image) + row * width * step;
+    char* to = static_cast<char*>(target);
+    const int64_t tile = std::max<int64_t>(1, tile_bytes / step);
+    for (int64_t first = 0; first < width; first += tile)
+      for (const Slice<B>& slice : slices) {
+        const int64_t last = std::min(first + tile, width);
+        if (holds(slice.rows, row))
+          move_slice(slice, from, to, step, first, last);
+        else
+          move_slice(slice.only(row), from, to, step, first, last);
+      }
+  };
+}
+
+// A row of each plane, side by side.
+template <typename T>
+MoveRow gatherer(const int64_t* offsets, const Shift2dShape& s) {
+  return [s, offsets = std::vector<int64_t>(offsets, offsets + 2 * s.channels)](const void* image,
+                                                                                int64_t row, void* target) {
+    for (int64_t c = 0; c < s.channels; ++c) {
+      const int64_t h = row + limited(offsets[2 * c], s.height), dw = limited(offsets[2 * c + 1], s.width);
+      const Range columns = h >= 0 && h < s.height ? inside(dw, s.width) : Range{0, 0};
+      const T* from = static_cast<const T*>(image) + (c * s.height + h) * s.width + dw;
+      T* to = static_cast<T*>(target) + c;
+      for (int64_t w = 0; w < s.width; ++w) to[w * s.channels] = holds(columns, w) ? from[w] : T{};
+    }
+  };
 }
 
 }  // namespace
 
 template <typename T>
+MoveRow shifted_rows(const int64_t* offsets, const Shift2dShape& s) {
+  return s.channels_last ? mover<T, vector_bytes>(offsets, s) : gatherer<T>(offsets, s);
+}
+
+template <typename T>
 void shift2d_vectorized_forward_cpu(const T* input, const int64_t* offsets, T* output, const Shift2dShape& s,
                                     ParallelFor threads) {
-  if (s.channels_last) return choose_vectors<T, vector_bytes>(input, offsets, output, s, threads);
+  if (s.channels_last) {
+    const MoveRow move_row = shifted_rows<T>(offsets, s);
+    return parallel_for(threads, s.batch * s.height, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        move_row(input + row / s.height * s.plane() * s.channels, row % s.height,
+                 output + row * s.width * s.channels);
+    });
+  }
   parallel_for(threads, s.batch * s.channels, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t* offset = offsets + plane % s.channels * 2;
@@ -212,6 +202,7 @@ void shift2d_vectorized_forward_cpu(const T* input, const int64_t* offsets, T* o
 }
 
 #define FASTCONV_INSTANTIATE(T)                                                                      \
+  template MoveRow shifted_rows<T>(const int64_t*, const Shift2dShape&);                             \
   template void shift2d_vectorized_forward_cpu<T>(const T*, const int64_t*, T*, const Shift2dShape&, \
                                                   ParallelFor);
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)

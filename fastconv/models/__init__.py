@@ -1,7 +1,7 @@
 """The networks that the library is measured on; each file of this folder is one of them.
 
 >>> fastconv.models.list()
-['mobilenet_v1']
+['mobilenet_v1', 'plain18', ..., 'resnet50', ..., 'shufflenet_v1', ..., 'tsm_resnet18', 'tsm_resnet50']
 >>> model = fastconv.models.create("mobilenet_v1", width=0.5)
 >>> the_same = fastconv.models.create("mobilenet_v1", width=0.5, plain=True)  # torch.nn alone
 """
@@ -14,9 +14,30 @@ from typing import Any
 from torch import nn
 
 from ._registry import NETWORKS
+from .cifar_resnet import CifarResNet, cifar_resnet
 from .mobilenet_v1 import MobileNetV1, mobilenet_v1
+from .resnet import ResNet, resnet
+from .shift_resnet import shift_resnet
+from .shufflenet_v1 import ShuffleNetV1, shufflenet_v1
+from .tsm_resnet import StackedResNet, TSMResNet, stacked_resnet, tsm_resnet
 
-__all__ = ["MobileNetV1", "create", "list", "mobilenet_v1"]
+__all__ = [
+    "CifarResNet",
+    "MobileNetV1",
+    "ResNet",
+    "ShuffleNetV1",
+    "StackedResNet",
+    "TSMResNet",
+    "cifar_resnet",
+    "create",
+    "list",
+    "mobilenet_v1",
+    "resnet",
+    "shift_resnet",
+    "shufflenet_v1",
+    "stacked_resnet",
+    "tsm_resnet",
+]
 
 
 def list() -> builtins.list[str]:

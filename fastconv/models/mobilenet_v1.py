@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..nn import DepthwiseConv2d
+from ._layers import depthwise, initialize
 from ._registry import register
 
 # (filters, stride) of each separable block, at width 1.
@@ -37,12 +37,7 @@ class MobileNetV1(nn.Module):
             channels = filters
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-                nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-        nn.init.normal_(self.classifier[1].weight, std=0.01)
-        nn.init.zeros_(self.classifier[1].bias)
+        initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.features(x)
@@ -54,12 +49,10 @@ def _conv_bn_relu(conv: nn.Conv2d) -> nn.Sequential:
 
 
 def _separable(channels: int, filters: int, stride: int, plain: bool) -> nn.Sequential:
-    if plain:
-        depthwise = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
-    else:
-        depthwise = DepthwiseConv2d(channels, kernel_size=3, stride=stride, padding=1, bias=False)
-    pointwise = nn.Conv2d(channels, filters, 1, bias=False)
-    return nn.Sequential(_conv_bn_relu(depthwise), _conv_bn_relu(pointwise))
+    return nn.Sequential(
+        _conv_bn_relu(depthwise(channels, stride, plain)),
+        _conv_bn_relu(nn.Conv2d(channels, filters, 1, bias=False)),
+    )
 
 
 @register

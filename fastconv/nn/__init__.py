@@ -4,16 +4,24 @@ from ._rules import Rule, rule_for, rules
 from .channel_shuffle import ChannelShuffle
 from .conv2d import Conv2d
 from .conv_transpose2d import ConvTranspose2d
+from .csc import CSC
 from .depthwise_conv2d import DepthwiseConv2d
+from .group_conv2d_shuffle import GroupConv2dShuffle
 from .shift2d import Shift2d
+from .shift_conv2d import ShiftConv2d
+from .temporal_shift import TemporalShift
 
 __all__ = [
+    "CSC",
     "ChannelShuffle",
     "Conv2d",
     "ConvTranspose2d",
     "DepthwiseConv2d",
+    "GroupConv2dShuffle",
     "Rule",
     "Shift2d",
+    "ShiftConv2d",
+    "TemporalShift",
     "rule_for",
     "rules",
 ]

@@ -58,7 +58,9 @@ class Convolution(_ConvNd):
             return backend, self.algorithm
         if backend == "cpu" and default is not None:
             return backend, default(images, weight, *geometry)
-        return backend, next(iter(choose.algorithms[backend]), None)
+        arguments = (images, weight, *geometry)
+        serving = (a for a in choose.algorithms[backend] if choose.why_not(backend, a, *arguments) is None)
+        return backend, next(serving, None)
 
 
 def check_algorithm(op: str, backend: str | None, algorithm: str | None) -> None:

@@ -43,6 +43,8 @@ class Conv2d(Convolution, nn.Conv2d):
     op = "conv2d"
     keywords = ("activation", "backend", "algorithm")
     activation: str | None = None
+    convolve = staticmethod(conv2d)
+    default_algorithm = staticmethod(default_algorithm)
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class Conv2d(Convolution, nn.Conv2d):
     ) -> torch.Tensor:
         # torch.nn.Conv2d.forward calls this with self.weight and self.bias.
         images, padding = self._images(input)
-        output = conv2d(
+        output = self.convolve(
             images,
             weight,
             bias,
@@ -106,7 +108,7 @@ class Conv2d(Convolution, nn.Conv2d):
         images, padding = self._images(input)
         sides = padding_sides(padding, self.kernel_size, self.stride, self.dilation)
         geometry = (self.stride, sides, self.dilation, self.groups)
-        return self._kernel(images, *geometry, default=default_algorithm)
+        return self._kernel(images, *geometry, default=self.default_algorithm)
 
 
 @serves(torch.nn.functional.conv2d)

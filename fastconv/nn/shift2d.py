@@ -51,36 +51,52 @@ class Shift2d(nn.Module):
         self.kernel_size, self.dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
         check_backend(backend)
         self.backend = backend
-        self.given = offsets is not None
-        self.offsets = as_offsets(offsets).clone() if self.given else self._of_window()
-        check_offsets(self.offsets, self.channels)
-        rows, columns = zip(*self.offsets.tolist())
-        # The rows and columns that an output's channels come from, all together.
-        self.extent = max(rows) - min(rows) + 1, max(columns) - min(columns) + 1
-
-    def _of_window(self) -> torch.Tensor:
-        (height, width), (dh, dw) = self.kernel_size, self.dilation
-        if height % 2 == 0 or width % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, or its window has no middle; got {self.kernel_size}")
-        places = height * width
-        if self.channels < places:
-            raise ValueError(
-                f"channels must be at least {places}, one for each place of a {height}x{width} window, "
-                f"got {self.channels}: take a smaller kernel_size, or give offsets"
-            )
-        counts = torch.full((places,), self.channels // places)
-        counts[places // 2] += self.channels % places
-        place = torch.repeat_interleave(torch.arange(places), counts)
-        return torch.stack([(place // width - height // 2) * dh, (place % width - width // 2) * dw], dim=1)
+        self.has_own_offsets = offsets is not None
+        self.offsets = offsets_of(self.channels, self.kernel_size, self.dilation, offsets)
+        self.extent = extent_of(self.offsets)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return shift2d(input, self.offsets, backend=self.backend)
 
     def extra_repr(self) -> str:
-        if self.given:
+        if self.has_own_offsets:
             own = [f"{self.channels}", "offsets=..."]
         else:
             own = [f"{self.channels}", f"kernel_size={self.kernel_size}"]
             own += [f"dilation={self.dilation}"] if self.dilation != (1, 1) else []
         own += [f"backend={self.backend!r}"] if self.backend else []
         return ", ".join(own)
+
+
+def offsets_of(
+    channels: int,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    offsets: torch.Tensor | Sequence[Sequence[int]] | None,
+) -> torch.Tensor:
+    """The given offsets, checked, or those of a window, as :class:`Shift2d` has them."""
+    if offsets is not None:
+        own = as_offsets(offsets).clone()
+        check_offsets(own, channels)
+        return own
+    (height, width), (dh, dw) = kernel_size, dilation
+    if height % 2 == 0 or width % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, or its window has no middle; got {kernel_size}")
+    places = height * width
+    if channels < places:
+        raise ValueError(
+            f"channels must be at least {places}, one for each place of a {height}x{width} window, "
+            f"got {channels}: take a smaller kernel_size, or give offsets"
+        )
+    run, rest = divmod(channels, places)
+    pairs = []
+    for place in range(places):
+        row, column = place // width - height // 2, place % width - width // 2
+        pairs += [(row * dh, column * dw)] * (run + (rest if place == places // 2 else 0))
+    return as_offsets(pairs)
+
+
+def extent_of(offsets: torch.Tensor) -> tuple[int, int]:
+    """The rows and columns that an output's channels come from, all together."""
+    rows, columns = zip(*offsets.tolist())
+    return max(rows) - min(rows) + 1, max(columns) - min(columns) + 1

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ._operator import PLAIN, is_recorded
@@ -66,3 +68,22 @@ def activation_backward(grad: torch.Tensor, x: torch.Tensor, activation: str | N
         gate = torch.sigmoid(x)  # silu_backward itself has no derivative
         return grad * gate * (1 + x * (1 - gate))
     return aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def saved_for_sum(activation: str | None, output: torch.Tensor, *terms: torch.Tensor | None) -> tuple:
+    """What the gradient of the sum needs beside the operands: the output, or terms of the sum, or neither."""
+    if activation is None or activation in FROM_OUTPUT:
+        return None if activation is None else output, *[None] * len(terms)
+    return None, *terms
+
+
+def grad_of_sum(
+    grad: torch.Tensor,
+    output: torch.Tensor | None,
+    activation: str | None,
+    compute: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """Gradient of the sum before the activation; no operator keeps it: ``compute()`` gives it again."""
+    if activation is None:
+        return grad
+    return activation_backward(grad, compute() if output is None else output, activation)

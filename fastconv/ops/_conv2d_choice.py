@@ -69,8 +69,9 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups, fus
         )
     ):
         return "winograd_f4"
-    lanes_are_pixels = not channels_last and (taps == 1 or target < 32 or source < 16)
-    algorithm = "im2col" if lanes_are_pixels else "direct"
+    if groups > 1 and taps == 1 and not channels_last and weight.dtype == torch.float32:
+        return "im2col" if plane > 100 else "direct"
+    algorithm = "im2col" if _lanes_are_pixels(channels_last, taps, source, target) else "direct"
     if not rival:
         return algorithm
     if taps > 1:
@@ -90,6 +91,23 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups, fus
     if training and algorithm == "direct" and taps > 1:
         wins = False  # packing in each call takes what the kernel gains
     return algorithm if wins else None
+
+
+def _lanes_are_pixels(channels_last: bool, taps: int, source: int, target: int) -> bool:
+    """Whether vectors of pixels beat vectors of filters."""
+    return not channels_last and (taps == 1 or target < 32 or source < 16)
+
+
+def gradients_algorithm(backend: str, algorithm: str | None, input, weight, stride, groups) -> str | None:
+    """conv2d's kernel for the gradients of group_conv2d_shuffle and shift_conv2d, which are conv2d's."""
+    if backend != "cpu":
+        return None
+    if algorithm == "plain" or default_for(stride) == "plain":
+        return "plain"
+    channels_last = memory_format_of(input) == torch.channels_last
+    source, target = weight.shape[1], weight.shape[0] // groups
+    taps = weight.shape[2] * weight.shape[3]
+    return "im2col" if _lanes_are_pixels(channels_last, taps, source, target) else "direct"
 
 
 def default_for(stride) -> str:

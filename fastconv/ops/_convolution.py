@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ._arguments import check_integers, check_tensor, integer
-from ._operator import autocast, library, memory_format_of, new_output
+from ._operator import autocast, library, new_output
 
 MOST_PHASES = 4096  # each of which costs time and memory, even where the image has no pixel of it
 NARROW = 32  # channels of a group that algorithm="grouped" is made for
@@ -127,8 +127,6 @@ def why_not(
     if transposed:
         channels, filters = filters, channels
     kernel = f"a {weight.shape[2]}x{weight.shape[3]} weight"
-    if algorithm == "im2col" and memory_format_of(input) != torch.contiguous_format:
-        return "algorithm='im2col' needs a contiguous input, got a channels_last one"
     phases = stride[0] * stride[1]
     by_phase = {"cpu": ("direct", "im2col", "grouped"), "triton": ("implicit_gemm", None)}
     if phases > MOST_PHASES and algorithm in by_phase.get(backend, ()):

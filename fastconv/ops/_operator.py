@@ -62,6 +62,26 @@ def is_recorded() -> bool:
     )
 
 
+def define_overloads(
+    name: str, schema: str, *, check: Callable[..., object], triton: str
+) -> dict[str, torch._ops.OpOverload]:
+    """Defines an operator's overloads, Triton's with its launcher; the arguments are those of `Operator`."""
+
+    def launch(*arguments: Any) -> Any:
+        check(*arguments)
+        module, function = triton.split(":")
+        return getattr(importlib.import_module(f"fastconv.kernels.{module}"), function)(*arguments)
+
+    ops = {}
+    for overload in dict.fromkeys(OVERLOADS.values()):
+        local = f"{name}.{overload}" if overload else name
+        library.define(f"{local}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        ops[overload] = getattr(getattr(torch.ops.fastconv, name), overload or "default")
+    for device_type in ("CPU", "CUDA"):
+        library.impl(f"fastconv::{name}.triton", launch, device_type)
+    return ops
+
+
 class Operator:
     """One operator of the library, registered with PyTorch for every kind of kernel.
 
@@ -97,22 +117,16 @@ class Operator:
         autocast: Callable[[str, Sequence[Any]], Sequence[Any]] | None = autocast,
     ) -> None:
         self.name = name
-        self._check = check
-        self._triton = triton
-        self._ops: dict[str, Any] = {}
+        self._ops = define_overloads(name, schema, check=check, triton=triton)
         self._functions: dict[str, type[torch.autograd.Function]] = {}
-        for overload in dict.fromkeys(OVERLOADS.values()):
-            local = f"{name}.{overload}" if overload else name
-            qualname = f"fastconv::{local}"
-            library.define(f"{local}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-            op = getattr(getattr(torch.ops.fastconv, name), overload or "default")
+        for overload, op in self._ops.items():
+            qualname = op.name()
             setup = self._remember_backend(overload, setup_context)
             torch.library.register_fake(qualname, fake, lib=library)
             torch.library.register_vmap(qualname, self._vmap_for(op, vmap), lib=library)
             for device_type in ("CPU", "CUDA") if autocast else ():
                 cast = self._autocast_for(op, device_type, autocast)
                 library.impl(qualname, cast, f"Autocast{device_type}")
-            self._ops[overload] = op
             self._functions[overload] = type(
                 f"{_camel_case(name)}Function",
                 (torch.autograd.Function,),
@@ -127,8 +141,6 @@ class Operator:
             )
             library.impl(qualname, self._autograd_for(op, self._functions[overload]), "Autograd")
         register_flop_formula(getattr(torch.ops.fastconv, name))(flops)
-        for device_type in ("CPU", "CUDA"):
-            library.impl(f"fastconv::{name}.triton", self._launch_triton, device_type)
 
     def function(self, backend: str = "cpu") -> type[torch.autograd.Function]:
         """The ``torch.autograd.Function`` of one backend's kernels."""
@@ -145,11 +157,6 @@ class Operator:
             return op(*arguments)
         with torch._C._AutoDispatchBelowAutograd():  # the way there takes as long as a small convolution
             return op(*arguments)
-
-    def _launch_triton(self, *arguments: Any) -> Any:
-        self._check(*arguments)
-        module, function = self._triton.split(":")
-        return getattr(importlib.import_module(f"fastconv.kernels.{module}"), function)(*arguments)
 
     @staticmethod
     def _remember_backend(overload: str, setup_context: Callable[..., None]) -> Callable[..., None]:
@@ -194,6 +201,42 @@ class Operator:
         return cast
 
 
+class InplaceOperator:
+    """An operator that overwrites its first argument and returns nothing; it has no gradient.
+
+    ``torch.compile`` reads what is overwritten from the schema, ``(Tensor(a!) input, ...) -> ()``. The other
+    arguments are those of :class:`Operator`.
+    """
+
+    def __init__(self, name: str, schema: str, *, check: Callable[..., object], triton: str) -> None:
+        self._ops = define_overloads(name, schema, check=check, triton=triton)
+        for op in self._ops.values():
+            torch.library.register_fake(op.name(), lambda *_: None, lib=library)
+            library.impl(op.name(), self._autograd_for(op), "Autograd", with_keyset=True)
+            library.impl(op.name(), self._version_for(op), "ADInplaceOrView", with_keyset=True)
+
+    def __call__(self, backend: str, *arguments: Any) -> None:
+        """Runs the operator with one backend's kernels."""
+        self._ops[OVERLOADS[backend]](*arguments)
+
+    @staticmethod
+    def _autograd_for(op: Any) -> Callable[..., None]:
+        def refuse_gradient(keys: torch._C.DispatchKeySet, input: torch.Tensor, *rest: Any) -> None:
+            if _is_differentiated((input,)):
+                raise RuntimeError(f"{op.name()} has no gradient, and its input requires one")
+            op.redispatch(keys & torch._C._after_autograd_keyset, input, *rest)
+
+        return refuse_gradient
+
+    @staticmethod
+    def _version_for(op: Any) -> Callable[..., None]:
+        def count_version(keys: torch._C.DispatchKeySet, input: torch.Tensor, *rest: Any) -> None:
+            torch.autograd.graph.increment_version(input)  # for a gradient that has saved it
+            op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, input, *rest)
+
+        return count_version
+
+
 def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
     """``channels_last`` if a 4-D tensor's strides say so, else ``contiguous_format``.
 
@@ -236,6 +279,12 @@ def fold_into_batch(op: Any, info: Any, in_dims: Sequence[int | None], input: to
     folded = input.movedim(in_dims[0], 0)
     output = op(folded.flatten(0, 1), *rest)
     return output.unflatten(0, folded.shape[:2]), 0
+
+
+def fold_images(op: Any, info: Any, in_dims: Sequence[int | None], *arguments: Any):
+    """``vmap``: more images where the input alone is mapped, else a loop."""
+    alone = all(dim is None for dim in in_dims[1:])
+    return (fold_into_batch if alone else map_one_by_one)(op, info, in_dims, *arguments)
 
 
 def fold_into(dim: int, tensor: torch.Tensor, in_dim: int | None, count: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..backends import Choice
+from . import _plans
 from ._arguments import DTYPES, check_tensor, integer
 from ._operator import Operator, as_memory_format, fold_into_batch, memory_format_of, new_output
 
@@ -52,9 +53,13 @@ def channel_shuffle(
 
     Reference: Zhang et al., "ShuffleNet", 2017, arXiv:1707.01083.
     """
-    groups = integer("groups", groups)
-    _check(input, groups)
-    backend = choose(backend, algorithm, input, groups)
+    key = _plans.key_of("channel_shuffle", (input, None), groups, backend, algorithm)
+    plan = _plans.find(key)
+    if plan is None:
+        groups = integer("groups", groups)
+        _check(input, groups)
+        plan = _plans.keep(key, (choose(backend, algorithm, input, groups), groups))
+    backend, groups = plan
     if backend == "aten":
         return torch.nn.functional.channel_shuffle(input, groups)
     if backend == "reference":

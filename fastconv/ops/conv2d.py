@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _plans
-from ._activation import FROM_OUTPUT, activate, activation_backward, add_and_activate, check_activation
+from ._activation import activate, add_and_activate, check_activation, grad_of_sum, saved_for_sum
 from ._arguments import check_tensor, integer, output_size, padding_sides, pair
 from ._conv2d_choice import choose, default_algorithm
 from ._convolution import (
@@ -134,7 +134,7 @@ def conv2d(
         check_tensor("weight", weight, rank=4, like=input)
         padding = padding_sides(padding, weight.shape[2:], stride, dilation)
         geometry = (stride, padding, dilation, groups)
-        _check(input, weight, bias, residual, *geometry, activation)
+        check(input, weight, bias, residual, *geometry, activation)
         fused = activation is not None or residual is not None
         backend = choose(backend, algorithm, input, weight, *geometry, fused)
         if backend == "cpu" and algorithm is None:
@@ -142,7 +142,7 @@ def conv2d(
         plan = _plans.keep(key, (backend, algorithm, geometry))
     backend, algorithm, geometry = plan
     if backend == "aten":
-        return _aten(input, weight, bias, residual, *geometry, activation, algorithm)
+        return aten(input, weight, bias, residual, *geometry, activation, algorithm)
     if backend == "reference":
         stride, (top, bottom, left, right), dilation, groups = geometry
         padded = torch.nn.functional.pad(input, (left, right, top, bottom))
@@ -154,7 +154,7 @@ def conv2d(
     return forward_operator(backend, input, weight, bias, residual, packed, *geometry, activation, algorithm)
 
 
-def _check(
+def check(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -187,7 +187,7 @@ def _check(
     return height, width
 
 
-def _aten(input, weight, bias, residual, stride, padding, dilation, groups, activation, algorithm):
+def aten(input, weight, bias, residual, stride, padding, dilation, groups, activation, algorithm):
     top, bottom, left, right = padding
     memory_format = memory_format_of(input)
     if top != bottom or left != right:
@@ -220,7 +220,7 @@ def _unfold(input, weight, bias, stride, padding, dilation, groups):
 
 
 def _fake(input, weight, bias, residual, packed, stride, padding, dilation, groups, activation, algorithm):
-    height, width = _check(input, weight, bias, residual, stride, padding, dilation, groups, activation)
+    height, width = check(input, weight, bias, residual, stride, padding, dilation, groups, activation)
     return new_output(input, (input.shape[0], weight.shape[0], height, width))
 
 
@@ -230,50 +230,44 @@ def _check_forward(
     check_operands(input, weight, stride, padding, dilation, groups, sides=4)
     check_not_packed(packed)
     choose.check_algorithm("triton", algorithm)
-    return _check(input, weight, bias, residual, stride, padding, dilation, groups, activation)
+    return check(input, weight, bias, residual, stride, padding, dilation, groups, activation)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     input, weight, bias, residual, _, *ctx.geometry, ctx.activation, ctx.algorithm = inputs
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
-    from_output = ctx.activation in FROM_OUTPUT
-    needs_sum = ctx.activation is not None and not from_output
-    ctx.save_for_backward(
-        input,
-        weight,
-        bias if needs_sum else None,
-        residual if needs_sum else None,
-        output if from_output else None,
-    )
+    ctx.save_for_backward(input, weight, *saved_for_sum(ctx.activation, output, bias, residual))
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    input, weight, bias, residual, output = ctx.saved_tensors
-    if ctx.activation is not None:
-        total = output
-        if total is None:  # the operator keeps no sum: it is computed again
-            total = forward_operator(
-                ctx.backend, input, weight, bias, residual, None, *ctx.geometry, None, ctx.algorithm
-            )
-        grad = activation_backward(grad, total, ctx.activation)
+    input, weight, output, bias, residual = ctx.saved_tensors
+    operands = (input, weight, bias, residual, None, *ctx.geometry, None, ctx.algorithm)
+    grad = grad_of_sum(grad, output, ctx.activation, lambda: forward_operator(ctx.backend, *operands))
     need = ctx.needs_input_grad
-    need_bias = ctx.has_bias and need[2]
-    if need_bias and not need[1]:  # a sum alone, without the kernel that gathers the weight's gradient
-        grad_bias = grad.sum((0, 2, 3))
-        need_bias = False
-    else:
-        grad_bias = None
+    needed = (need[0], need[1], ctx.has_bias and need[2])
+    grads = gradients(ctx.backend, grad, input, weight, ctx.geometry, ctx.algorithm, needed)
+    return (*grads, grad if ctx.has_residual and need[3] else None, *[None] * 7)
+
+
+def gradients(
+    backend: str,
+    grad: torch.Tensor,  # (N, M, E, F), of the sums
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    geometry: Sequence[Any],
+    algorithm: str | None,
+    need: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of input, weight and bias; None where one is not needed."""
+    need_input, need_weight, need_bias = need
     grads = (None, None, None)
-    if need[0] or need[1]:
-        arguments = (grad, input, weight, *ctx.geometry, ctx.algorithm)
-        found = backward_operator(ctx.backend, *arguments, need[0], need[1], need_bias)
-        grads = tuple(g if n else None for g, n in zip(found, (need[0], need[1], need_bias)))
-    return (
-        *grads[:2],
-        grads[2] if grad_bias is None else grad_bias,
-        grad if ctx.has_residual and need[3] else None,
-        *[None] * 7,
-    )
+    if need_input or need_weight:
+        flags = (need_input, need_weight, need_bias and need_weight)
+        found = backward_operator(backend, grad, input, weight, *geometry, algorithm, *flags)
+        grads = tuple(g if n else None for g, n in zip(found, flags))
+    if need_bias and not need_weight:  # a sum alone, without the kernel that gathers the weight's gradient
+        grads = (*grads[:2], grad.sum((0, 2, 3)))
+    return grads
 
 
 def _vmap(op, info, in_dims, input, weight, bias, residual, packed, *rest):
@@ -294,7 +288,7 @@ def _vmap(op, info, in_dims, input, weight, bias, residual, packed, *rest):
     return output.unflatten(dim, (count, -1)), dim
 
 
-def _flops(input, weight, *_, out_shape):
+def flops(input, weight, *_, out_shape):
     return 2 * out_shape[0] * out_shape[1] * out_shape[2] * out_shape[3] * weight[1] * weight[2] * weight[3]
 
 
@@ -306,7 +300,7 @@ forward_operator = Operator(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
-    flops=_flops,
+    flops=flops,
     check=_check_forward,
     triton="conv2d:conv2d_forward_triton",
     autocast=autocast_but(4),
@@ -377,7 +371,7 @@ def _backward_vmap(op, info, in_dims, grad_output, input, weight, *rest):
 
 def _backward_flops(grad_output, input, weight, *rest, out_shape):
     passes = sum(bool(need) for need in rest[5:7])
-    return passes * _flops(input, weight, out_shape=grad_output)
+    return passes * flops(input, weight, out_shape=grad_output)
 
 
 backward_operator = Operator(

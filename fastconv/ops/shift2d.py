@@ -12,8 +12,7 @@ from ._arguments import check_tensor, integer
 from ._operator import (
     Operator,
     as_memory_format,
-    fold_into_batch,
-    map_one_by_one,
+    fold_images,
     memory_format_of,
     new_output,
 )
@@ -85,6 +84,9 @@ def as_offsets(offsets: object) -> torch.Tensor:
     if isinstance(offsets, torch.Tensor):
         if offsets.is_floating_point() or offsets.is_complex() or offsets.dtype == torch.bool:
             raise TypeError(f"offsets must be integers, got a tensor of {offsets.dtype}")
+        if offsets.layout != torch.strided or offsets.is_nested or offsets.device.type == "meta":
+            kind = "nested" if offsets.is_nested else f"{offsets.layout} on {offsets.device}"
+            raise TypeError(f"offsets must be a strided tensor with values, got one that is {kind}")
         whole = offsets.to("cpu", torch.int64)
         if offsets.dtype == torch.uint64:  # what did not fit has become negative
             whole = whole.masked_fill(whole < 0, FAR)
@@ -113,11 +115,16 @@ def check_offsets(offsets: torch.Tensor, channels: int) -> None:
         )
 
 
+def check_offsets_placed(offsets: torch.Tensor) -> None:
+    """Raises unless offsets are as :func:`as_offsets` returns them, for operators called by themselves."""
+    if offsets.dtype != torch.int64 or offsets.device.type != "cpu":
+        raise TypeError(f"offsets must be int64 on the CPU, got {offsets.dtype} on {offsets.device}")
+
+
 def _check(input: torch.Tensor, offsets: torch.Tensor, algorithm: str | None) -> None:
     check_tensor("input", input, rank=4)
     check_offsets(offsets, input.shape[1])
-    if offsets.dtype != torch.int64 or offsets.device.type != "cpu":
-        raise TypeError(f"offsets must be int64 on the CPU, got {offsets.dtype} on {offsets.device}")
+    check_offsets_placed(offsets)
     choose.check_algorithm("triton", algorithm)
 
 
@@ -144,13 +151,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     (offsets,) = ctx.saved_tensors
+    return shift_back(ctx.backend, grad, offsets, ctx.algorithm), None, None
+
+
+def shift_back(
+    backend: str, grad: torch.Tensor, offsets: torch.Tensor, algorithm: str | None
+) -> torch.Tensor:
+    """The gradient of a shift: the shift by the opposite offsets."""
     # The least integer has no opposite in 64 bits; itself is as far outside.
-    return operator(ctx.backend, grad, -offsets, ctx.algorithm), None, None
-
-
-def _vmap(op: Any, info: Any, in_dims: Sequence[int | None], *arguments: Any):
-    mapped = fold_into_batch if in_dims[1] is None else map_one_by_one
-    return mapped(op, info, in_dims, *arguments)
+    return operator(backend, grad, -offsets, algorithm)
 
 
 operator = Operator(
@@ -159,7 +168,7 @@ operator = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    vmap=_vmap,
+    vmap=fold_images,
     flops=lambda *_, out_shape: 0,
     check=_check,
     triton="shift2d:shift2d_forward_triton",

@@ -9,7 +9,18 @@ place. So parameters, buffers, hooks, optimizers, state_dict keys, pickling and 
 """
 
 from ._functional import enable
+from ._graph import GraphReport, optimize_graph
 from ._report import LayerReport, Report, report
 from ._swap import OptimizeError, optimize, restore
 
-__all__ = ["LayerReport", "OptimizeError", "Report", "enable", "optimize", "report", "restore"]
+__all__ = [
+    "GraphReport",
+    "LayerReport",
+    "OptimizeError",
+    "Report",
+    "enable",
+    "optimize",
+    "optimize_graph",
+    "report",
+    "restore",
+]

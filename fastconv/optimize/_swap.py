@@ -15,6 +15,7 @@ from .._timing import busy
 from ..cost import is_layer
 from ..nn._rules import Rule, check_backend, rule_for, rules
 from ..ops._packed_weights import clear_packed_weights
+from ._graph import restore_graph
 from ._report import EACH_CALL, REPORTS, SWAPPED_FROM, LayerReport, Report
 from ._trial import Call, Facts, LayerTrial, Parity, bare, parity, rounding_noise, run, watch
 
@@ -265,6 +266,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undoes :func:`optimize`: every layer has its own class again, and nothing of this library on it.
 
     Modules that were built from ``fastconv.nn`` stay. Works on copies and on unpickled models too.
+    Undoes :func:`fastconv.optimize_graph` as well, but not on copies.
 
     Raises:
         TypeError: a swapped layer's class has changed since, such as by a parametrization.
@@ -272,6 +274,7 @@ def restore(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if SWAPPED_FROM in module.__dict__:
             _restore_layer(name, module)
+        restore_graph(module)
     REPORTS.pop(model, None)
     return model
 
