@@ -1,6 +1,7 @@
 // Grouped convolution with channel shuffle, C++, im2col: the shuffle is where the sums are stored.
 //
-// Formula: group_conv2d_shuffle.h. conv2d_im2col_pass_cpu.h computes it, 6 filters of a group x 64 pixels at a
+// Formula: group_conv2d_shuffle.h. conv2d_im2col_pass_cpu.h computes it, 6 filters of a group x 64 pixels at
+// a
 //   time. In contiguous images a filter's sums go to another plane. In channels_last ones the sums of all
 //   groups of 64 pixels wait in the cache, line k * G + g of a tile, and are transposed into whole pixels.
 // Bytes: those of the convolution without a shuffle.
