@@ -182,7 +182,10 @@ def test_inference_mode(run):
     with torch.inference_mode():
         assert_same_bits(inplace_shift(outside.clone(), 2, **run.keywords), expected)
         assert_same_bits(inplace_shift(outside, 2, **run.keywords), expected)
+        inside = make((2, 8, 2, 3))
     assert outside._version > version
+    with pytest.raises(RuntimeError, match="inplace must be False for an inference tensor outside"):
+        inplace_shift(inside, 2, **run.keywords)
 
 
 @each_run
@@ -190,6 +193,13 @@ def test_inference_mode(run):
 def test_elements_that_share_memory(layout, run):
     with pytest.raises(RuntimeError, match="inplace must be False where input's elements share memory"):
         inplace_shift(LAYOUTS[layout](make, (4, 8, 2, 3)), 2, **run.keywords)
+
+
+@each_run
+def test_frames_that_overlap(run):
+    frames = make((100,)).as_strided((8, 16, 2, 2), (1, 2, 1, 1))
+    with pytest.raises(RuntimeError, match="inplace must be False where input's elements share memory"):
+        inplace_shift(frames, 2, **run.keywords)
 
 
 @each_own_run

@@ -118,8 +118,24 @@ def _check_segments(input: torch.Tensor, segments: int) -> None:
 def _check_overwritable(input: torch.Tensor) -> None:
     if input.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("inplace must be False where input requires a gradient, got True")
-    if input.numel() and any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape)):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and input.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("inplace must be False for an inference tensor outside inference_mode, got True")
+    if _may_share_memory(input):
         raise RuntimeError("inplace must be False where input's elements share memory (expand), got True")
+
+
+def _may_share_memory(input: torch.Tensor) -> bool:
+    """Whether its strides do not prove that every element has a place of its own."""
+    steps = [(stride, size) for stride, size in zip(input.stride(), input.shape) if size > 1]
+    if torch.compiler.is_compiling():  # sorting would make a graph for each order of the sizes
+        return any(stride == 0 for stride, _ in steps)
+    reach = 0
+    for stride, size in sorted(steps):
+        if stride <= reach:
+            return input.numel() > 0
+        reach += stride * (size - 1)
+    return False
 
 
 def _check(
