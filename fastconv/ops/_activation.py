@@ -83,7 +83,10 @@ def grad_of_sum(
     activation: str | None,
     compute: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Gradient of the sum before the activation; no operator keeps it: ``compute()`` gives it again."""
+    """Gradient of the sum before the activation. It is as large as the output, and cheap to compute again.
+
+    So no operator keeps it; ``compute()`` gives it where it is needed.
+    """
     if activation is None:
         return grad
     return activation_backward(grad, compute() if output is None else output, activation)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..backends import Choice
-from ._activation import FROM_OUTPUT, activate, activation_backward, add_and_activate, check_activation
+from ._activation import activate, add_and_activate, check_activation, grad_of_sum, saved_for_sum
 from ._arguments import check_integers, check_tensor, output_size, padding_sides, pair
 from ._convolution import check_grad_output, double_backward, new_gradients, unfold_gradients
 from ._operator import (
@@ -193,20 +193,14 @@ def _check_forward(input, weight, bias, stride, padding, dilation, activation, a
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     input, weight, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.activation, ctx.algorithm = inputs
     ctx.has_bias = bias is not None
-    from_output = ctx.activation in FROM_OUTPUT
-    needs_bias = ctx.activation is not None and not from_output
-    ctx.save_for_backward(input, weight, bias if needs_bias else None, output if from_output else None)
+    ctx.save_for_backward(input, weight, *saved_for_sum(ctx.activation, output, bias))
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    input, weight, bias, output = ctx.saved_tensors
+    input, weight, output, bias = ctx.saved_tensors
     geometry = (ctx.stride, ctx.padding, ctx.dilation)
-    if ctx.activation is not None:
-        # The sum is cheap to compute again and as large as the output to keep.
-        total = output
-        if total is None:
-            total = forward_operator(ctx.backend, input, weight, bias, *geometry, None, ctx.algorithm)
-        grad = activation_backward(grad, total, ctx.activation)
+    operands = (input, weight, bias, *geometry, None, ctx.algorithm)
+    grad = grad_of_sum(grad, output, ctx.activation, lambda: forward_operator(ctx.backend, *operands))
     need = (*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2])
     grads = backward_operator(ctx.backend, grad, input, weight, *geometry, ctx.algorithm, *need)
     return *(g if n else None for g, n in zip(grads, need)), *[None] * 5

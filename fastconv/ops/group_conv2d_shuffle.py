@@ -39,7 +39,7 @@ def group_conv2d_shuffle_reference(
     output = conv2d.conv2d_reference(
         input, weight, bias, stride, padding, dilation, groups, activation=activation
     )
-    return output.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+    return channel_shuffle.channel_shuffle_reference(output, groups)
 
 
 def group_conv2d_shuffle(

@@ -89,7 +89,7 @@ def shift_conv2d(
             input, weight, bias = autocast(input.device.type, (input, weight, bias))
         stride = pair("stride", stride)
         check_tensor("weight", weight, rank=4, like=input)
-        _check(input, offsets, weight, bias, None, stride, activation, None)
+        _check(input, offsets, weight, bias, stride, activation)
         backend = choose(backend, algorithm, input, weight, stride)
         if backend == "cpu" and algorithm is None:
             algorithm = default_algorithm(input, weight, stride)
@@ -138,24 +138,24 @@ def _geometry(stride: Sequence[int]) -> tuple:
     return tuple(stride), (0, 0, 0, 0), (1, 1), 1
 
 
-def _check(input, offsets, weight, bias, packed, stride, activation, algorithm) -> tuple[int, int]:
+def _check(input, offsets, weight, bias, stride, activation) -> tuple[int, int]:
     """Raises on arguments that do not fit together; returns the output's height and width."""
-    _convolution.check_operands(input, weight, *_geometry(stride), sides=4)
     shift2d.check_offsets(offsets, input.shape[1])
     if weight.shape[2:] != (1, 1):
         raise ValueError(f"weight must have shape (M, {input.shape[1]}, 1, 1), got {tuple(weight.shape)}")
-    choose.check_algorithm("triton", algorithm)
     return conv2d.check(input, weight, bias, None, *_geometry(stride), activation)
 
 
-def _check_triton(input, offsets, weight, bias, packed, *rest) -> None:
+def _check_forward(input, offsets, weight, bias, packed, stride, activation, algorithm) -> None:
+    _convolution.check_operands(input, weight, *_geometry(stride), sides=4)
     _convolution.check_not_packed(packed)
     shift2d.check_offsets_placed(offsets)
-    _check(input, offsets, weight, bias, packed, *rest)
+    choose.check_algorithm("triton", algorithm)
+    _check(input, offsets, weight, bias, stride, activation)
 
 
 def _fake(input, offsets, weight, bias, packed, stride, activation, algorithm):
-    height, width = conv2d.check(input, weight, bias, None, *_geometry(stride), activation)
+    height, width = _check(input, offsets, weight, bias, stride, activation)
     return new_output(input, (input.shape[0], weight.shape[0], height, width))
 
 
@@ -194,7 +194,7 @@ operator = Operator(
     backward=_backward,
     vmap=fold_images,
     flops=_flops,
-    check=_check_triton,
+    check=_check_forward,
     triton="shift_conv2d:shift_conv2d_forward_triton",
     autocast=_convolution.autocast_but(4),
 )
