@@ -42,6 +42,10 @@ void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
   }
 }
 
+// The type that sums of a kernel's values are kept in.
+template <typename T>
+constexpr ScalarType accumulate_dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
 template <typename T>
 const T* const_data(const Tensor& tensor) {
   const void* data = tensor.const_data_ptr();

@@ -188,9 +188,6 @@ std::vector<Variant> asked_for(const std::optional<std::string>& algorithm,
   STD_TORCH_CHECK(false, "no algorithm serves this layout, kernel, stride, dilation and number of groups");
 }
 
-template <typename T>
-constexpr ScalarType accumulate_dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-
 // The layout of a weight and of its gradient: channels_last where it is that and not contiguous as well.
 inline MemoryFormat format_of_weight(const Tensor& weight) {
   return !weight.is_contiguous() && is_dense(weight, MemoryFormat::ChannelsLast) ? MemoryFormat::ChannelsLast
