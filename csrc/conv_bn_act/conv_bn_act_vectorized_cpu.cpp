@@ -19,6 +19,15 @@ namespace {
 constexpr int64_t block_bytes = 32 << 10;   // of an image, between two looks at it
 constexpr int64_t slice_bytes = 256 << 10;  // of an image, for a thread's turn
 constexpr int64_t most_slices = 64;
+constexpr int64_t least_width = 256;  // values of a row, if there are so many
+
+// Whether runs of so many values are stored past the caches. A channel's runs lie far apart in contiguous
+// images, which makes reading their lines before they are overwritten slow, also of smaller ones.
+template <typename T>
+bool streams_runs(const T* images, const BatchNormShape& s, int64_t run) {
+  return std::is_same_v<T, float> && run % lanes_of<float> == 0 &&
+         stores_past_caches(images, s.size() * int64_t(sizeof(T)), s.channels_last ? 4 << 20 : 2 << 20);
+}
 
 // Contiguous: a channel at a time.
 
@@ -29,23 +38,15 @@ void add_moments(Moments& moments, const T* values, int64_t count) {
   for (int64_t first = 0; first < count; first += most) {
     const T* block = values + first;
     const int64_t length = std::min(most, count - first);
-    double total = 0, squares = 0;
-    in_vectors<A>(length, [&](auto zero, int64_t begin, int64_t end) {
-      auto sum = zero;
-      for (int64_t k = begin; k < end; k += width_of<decltype(zero)>)
-        sum += load_as<decltype(zero)>(block + k);
-      total += total_of(sum);
+    RunSum<A> sum, squares;
+    for_vectors<A>(
+        length, [&](auto zero, int64_t k, int turn) { sum.add(load_as<decltype(zero)>(block + k), turn); });
+    const A mean = A(sum.total() / double(length));
+    for_vectors<A>(length, [&](auto zero, int64_t k, int turn) {
+      const decltype(zero) distance = load_as<decltype(zero)>(block + k) - mean;
+      squares.add(distance * distance, turn);
     });
-    const A mean = A(total / double(length));
-    in_vectors<A>(length, [&](auto zero, int64_t begin, int64_t end) {
-      auto sum = zero;
-      for (int64_t k = begin; k < end; k += width_of<decltype(zero)>) {
-        const auto distance = load_as<decltype(zero)>(block + k) - mean;
-        sum += distance * distance;
-      }
-      squares += total_of(sum);
-    });
-    moments.add(double(length), mean, squares);
+    moments.add(double(length), mean, squares.total());
   }
 }
 
@@ -67,6 +68,7 @@ template <typename T>
 void normalize_contiguous(const BatchNorm<T>& norm, T* output, accumulate_t<T>* mean,
                           accumulate_t<T>* variance, const BatchNormShape& s, ParallelFor threads) {
   using A = accumulate_t<T>;
+  const bool streams = streams_runs(output, s, s.pixels);
   parallel_for(threads, s.channels, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       Moments moments;
@@ -79,10 +81,11 @@ void normalize_contiguous(const BatchNorm<T>& norm, T* output, accumulate_t<T>* 
         for (int64_t n = 0; n < s.batch; ++n) {
           const int64_t plane = (n * s.channels + c) * s.pixels;
           normalize_run<activation>(same, norm.input + plane, at(norm.residual, plane), output + plane,
-                                    s.pixels);
+                                    s.pixels, streams);
         }
       });
     }
+    if (streams) stream_fence();
   });
 }
 
@@ -93,6 +96,7 @@ void grad_contiguous(const T* grad_output, const BatchNorm<T>& norm, const accum
                      ParallelFor threads) {
   using A = accumulate_t<T>;
   constexpr int64_t most = block_bytes / int64_t(sizeof(T));
+  const bool streams = streams_runs(grad_input, s, s.pixels);
   parallel_for(threads, s.channels, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const BatchNormChannel<A> channel = channel_of(norm, mean[c], variance[c], c);
@@ -102,20 +106,17 @@ void grad_contiguous(const T* grad_output, const BatchNorm<T>& norm, const accum
         for (int64_t n = 0; n < s.batch; ++n)
           for (int64_t first = 0; first < s.pixels; first += most) {
             const int64_t block = (n * s.channels + c) * s.pixels + first;
-            Vector<A> sums[2] = {};
-            grad_sums_run<activation>(same, grad_output + block, norm.input + block, at(norm.residual, block),
-                                      at(grad_residual, block), std::min(most, s.pixels - first),
-                                      [&](auto zero, int64_t, auto grad, auto product) {
-                                        if constexpr (width_of<decltype(zero)> == 1) {
-                                          grads += grad;
-                                          products += product;
-                                        } else {
-                                          sums[0] += grad;
-                                          sums[1] += product;
-                                        }
-                                      });
-            grads += total_of(sums[0]);
-            products += total_of(sums[1]);
+            RunSum<A> grad_sum, product_sum;
+            for_vectors<A>(std::min(most, s.pixels - first), [&](auto zero, int64_t k, int turn) {
+              using V = decltype(zero);
+              const V grad = grad_at<activation, V>(same, grad_output + block, norm.input + block,
+                                                    at(norm.residual, block), k);
+              if (grad_residual) store_as<V>(grad_residual + block + k, grad);
+              grad_sum.add(grad, turn);
+              product_sum.add(V(grad * (load_as<V>(norm.input + block + k) - channel.mean)), turn);
+            });
+            grads += grad_sum.total();
+            products += product_sum.total();
           }
         const GradSums<T> sums(channel, grads, products, s.count());
         grad_weight[c] = sums.weight;
@@ -125,11 +126,26 @@ void grad_contiguous(const T* grad_output, const BatchNorm<T>& norm, const accum
         for (int64_t n = 0; n < s.batch; ++n) {
           const int64_t plane = (n * s.channels + c) * s.pixels;
           grad_input_run<activation>(same, grad_output + plane, norm.input + plane, at(norm.residual, plane),
-                                     grad_input + plane, s.pixels);
+                                     grad_input + plane, s.pixels, streams);
         }
       });
     }
+    if (streams) stream_fence();
   });
+}
+
+// body(V{}, vectors, k) for columns of a row: a few vectors, as a constant, from value k on; one by one, what
+// is no whole vector.
+template <typename A, typename Body>
+void for_columns(int64_t width, const Body& body) {
+  constexpr int64_t L = lanes_of<A>, most = 4;
+  int64_t k = 0;
+  while (k + L <= width) {
+    const int64_t vectors = std::min((width - k) / L, most);
+    with_constant<1, most>(vectors, [&](auto constant) { body(Vector<A>{}, constant, k); });
+    k += vectors * L;
+  }
+  for (; k < width; ++k) body(A{}, std::integral_constant<int, 1>{}, k);
 }
 
 // channels_last: slices of rows. A row is so many pixels that their channels are whole vectors; the pixels
@@ -146,6 +162,7 @@ class Slices {
 
   explicit Slices(const BatchNormShape& s)
       : channels_(s.channels), width_(std::lcm(s.channels, int64_t(lanes_of<A>))) {
+    width_ *= std::max<int64_t>(1, std::min(least_width / width_, s.size() / width_));
     const int64_t rows = s.size() / width_, bytes = s.size() * int64_t(sizeof(T));
     const int64_t count =
         std::clamp<int64_t>(bytes / slice_bytes, 1, std::min(most_slices, std::max<int64_t>(rows, 1)));
@@ -183,32 +200,42 @@ std::vector<A> repeated(int64_t channels, int64_t width, const Number& number) {
   return values;
 }
 
+// Mean and sum of squared distances of each value of a row, over the rows of a slice.
 template <typename T>
-void add_moments(std::vector<Moments>& moments, const T* rows, const Slice& slice, int64_t block_rows) {
+struct RowMoments {
   using A = accumulate_t<T>;
-  const int64_t width = slice.width;
-  const Scratch<A> mean(width), squares(width);
-  for (int64_t first = 0; first < slice.rows; first += block_rows) {
-    const int64_t count = std::min(block_rows, slice.rows - first);
-    const T* block = rows + slice.first + first * width;
-    std::fill_n(mean.data(), width, A(0));
-    std::fill_n(squares.data(), width, A(0));
-    in_vectors<A>(width, [&](auto zero, int64_t begin, int64_t end) {
-      using V = decltype(zero);
-      for (int64_t row = 0; row < count; ++row)
-        for (int64_t k = begin; k < end; k += width_of<V>)
-          store_as<V>(mean.data() + k, load_as<V>(mean.data() + k) + load_as<V>(block + row * width + k));
-      for (int64_t k = begin; k < end; k += width_of<V>)
-        store_as<V>(mean.data() + k, load_as<V>(mean.data() + k) / A(count));
-      for (int64_t row = 0; row < count; ++row)
-        for (int64_t k = begin; k < end; k += width_of<V>) {
-          const V distance = load_as<V>(block + row * width + k) - load_as<V>(mean.data() + k);
-          store_as<V>(squares.data() + k, load_as<V>(squares.data() + k) + distance * distance);
+  std::vector<double> mean, squares;
+
+  void gather(const T* input, const Slice& slice, int64_t block_rows) {
+    mean.assign(slice.width, 0);
+    squares.assign(slice.width, 0);
+    for (int64_t first = 0; first < slice.rows; first += block_rows) {
+      const int64_t rows = std::min(block_rows, slice.rows - first);
+      const double count = double(first), part = double(rows) / double(first + rows);
+      for_columns<A>(slice.width, [&](auto zero, auto vectors, int64_t k) {
+        using V = decltype(zero);
+        const T* block = input + slice.first + first * slice.width + k;
+        V means[vectors] = {}, distances[vectors] = {};
+        for (int64_t row = 0; row < rows; ++row)
+          for (int v = 0; v < vectors; ++v)
+            means[v] += load_as<V>(block + row * slice.width + v * width_of<V>);
+        for (int v = 0; v < vectors; ++v) means[v] /= V{} + A(rows);
+        for (int64_t row = 0; row < rows; ++row)
+          for (int v = 0; v < vectors; ++v) {
+            const V distance = load_as<V>(block + row * slice.width + v * width_of<V>) - means[v];
+            distances[v] += distance * distance;
+          }
+        A block_mean[vectors * width_of<V>], block_squares[vectors * width_of<V>];
+        for (int v = 0; v < vectors; ++v) {
+          store_as<V>(block_mean + v * width_of<V>, means[v]);
+          store_as<V>(block_squares + v * width_of<V>, distances[v]);
         }
-    });
-    for (int64_t k = 0; k < width; ++k) moments[k].add(double(count), mean.data()[k], squares.data()[k]);
+        for (int64_t c = 0; c < vectors * width_of<V>; ++c)
+          Moments::merge(mean[k + c], squares[k + c], block_mean[c], block_squares[c], count, part);
+      });
+    }
   }
-}
+};
 
 // The numbers of a normalisation, for each value of a row.
 template <typename A>
@@ -235,19 +262,15 @@ void normalize_channels_last(const BatchNorm<T>& norm, T* output, accumulate_t<T
                              accumulate_t<T>* variance, const BatchNormShape& s, ParallelFor threads) {
   using A = accumulate_t<T>;
   const Slices<T> slices(s);
-  std::vector<std::vector<Moments>> moments(slices.count());
+  std::vector<RowMoments<T>> moments(slices.count());
   parallel_for(threads, slices.count(), [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      moments[k].resize(slices[k].width);
-      add_moments(moments[k], norm.input, slices[k], slices.block_rows());
-    }
+    for (int64_t k = begin; k < end; ++k) moments[k].gather(norm.input, slices[k], slices.block_rows());
   });
   for (int64_t c = 0; c < s.channels; ++c) {
     Moments all;
     for (int64_t k = 0; k < slices.count(); ++k)
       slices.for_places(slices[k], c, [&](int64_t place) {
-        const Moments& part = moments[k][place];
-        all.add(part.count, part.mean, part.squares);
+        all.add(double(slices[k].rows), moments[k].mean[place], moments[k].squares[place]);
       });
     mean[c] = A(all.mean);
     variance[c] = A(all.squares / all.count);
@@ -259,10 +282,56 @@ void normalize_channels_last(const BatchNorm<T>& norm, T* output, accumulate_t<T
         for (int64_t row = 0; row < slices[k].rows; ++row) {
           const int64_t first = slices[k].first + row * slices[k].width;
           normalize_run<activation>(numbers.norm(), norm.input + first, at(norm.residual, first),
-                                    output + first, slices[k].width);
+                                    output + first, slices[k].width,
+                                    streams_runs(output, s, slices[k].width));
         }
     });
+    stream_fence();
   });
+}
+
+// Sums of g and g * (x - mean) of each value of a row, over the rows of a slice.
+template <Activation activation, typename T, typename A = accumulate_t<T>>
+void add_grad_sums(const Norm<Each<A>>& numbers, const T* grad_output, const BatchNorm<T>& norm,
+                   T* grad_residual, const Slice& slice, int64_t block_rows, double* grad_sums,
+                   double* product_sums) {
+  for (int64_t first = 0; first < slice.rows; first += block_rows) {
+    const int64_t rows = std::min(block_rows, slice.rows - first);
+    for_columns<A>(slice.width, [&](auto zero, auto vectors, int64_t k) {
+      using V = decltype(zero);
+      V mean[vectors], scale[vectors], bias[vectors], grads[vectors] = {}, products[vectors] = {};
+      for (int v = 0; v < vectors; ++v) {
+        mean[v] = numbers.mean.template at<V>(k + v * width_of<V>);
+        scale[v] = numbers.scale.template at<V>(k + v * width_of<V>);
+        bias[v] = numbers.bias.template at<V>(k + v * width_of<V>);
+      }
+      const int64_t start = slice.first + first * slice.width + k;
+      const T *input = norm.input + start, *residual = at(norm.residual, start), *grad = grad_output + start;
+      T* stored = at(grad_residual, start);
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t next = row * slice.width;
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t place = next + v * width_of<V>;
+          const V distance = load_as<V>(input + place) - mean[v];
+          V sum = distance * scale[v] + bias[v];
+          if (residual) sum += load_as<V>(residual + place);
+          const V own = activation_gradient_as<A>(load_as<V>(grad + place), sum, activation);
+          if (stored) store_as<V>(stored + place, own);
+          grads[v] += own;
+          products[v] += own * distance;
+        }
+      }
+      A block_grads[vectors * width_of<V>], block_products[vectors * width_of<V>];
+      for (int v = 0; v < vectors; ++v) {
+        store_as<V>(block_grads + v * width_of<V>, grads[v]);
+        store_as<V>(block_products + v * width_of<V>, products[v]);
+      }
+      for (int64_t c = 0; c < vectors * width_of<V>; ++c) {
+        grad_sums[k + c] += block_grads[c];
+        product_sums[k + c] += block_products[c];
+      }
+    });
+  }
 }
 
 template <typename T>
@@ -273,32 +342,13 @@ void grad_channels_last(const T* grad_output, const BatchNorm<T>& norm, const ac
   using A = accumulate_t<T>;
   const Slices<T> slices(s);
   RowNumbers<A> numbers(norm, mean, variance, s.channels, slices.width());
-  std::vector<double> sums(2 * slices.count() * slices.width());
-  const auto sums_of = [&](int64_t slice) { return sums.data() + 2 * slice * slices.width(); };
+  std::vector<double> grad_sums(slices.count() * slices.width()), product_sums(grad_sums.size());
   parallel_for(threads, slices.count(), [&](int64_t begin, int64_t end) {
-    const Scratch<A> grads(slices.width()), products(slices.width());
     with_activation(norm.activation, [&](auto activation) {
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t width = slices[k].width;
-        for (int64_t first = 0; first < slices[k].rows; first += slices.block_rows()) {
-          std::fill_n(grads.data(), width, A(0));
-          std::fill_n(products.data(), width, A(0));
-          for (int64_t row = first; row < std::min(slices[k].rows, first + slices.block_rows()); ++row) {
-            const int64_t value = slices[k].first + row * width;
-            grad_sums_run<activation>(
-                numbers.norm(), grad_output + value, norm.input + value, at(norm.residual, value),
-                at(grad_residual, value), width, [&](auto zero, int64_t at, auto grad, auto product) {
-                  using V = decltype(zero);
-                  store_as<V>(grads.data() + at, load_as<V>(grads.data() + at) + grad);
-                  store_as<V>(products.data() + at, load_as<V>(products.data() + at) + product);
-                });
-          }
-          for (int64_t at = 0; at < width; ++at) {
-            sums_of(k)[at] += grads.data()[at];
-            sums_of(k)[slices.width() + at] += products.data()[at];
-          }
-        }
-      }
+      for (int64_t k = begin; k < end; ++k)
+        add_grad_sums<activation>(numbers.norm(), grad_output, norm, grad_residual, slices[k],
+                                  slices.block_rows(), grad_sums.data() + k * slices.width(),
+                                  product_sums.data() + k * slices.width());
     });
   });
   std::vector<A> constants(s.channels), slopes(s.channels);
@@ -306,8 +356,8 @@ void grad_channels_last(const T* grad_output, const BatchNorm<T>& norm, const ac
     double grads = 0, products = 0;
     for (int64_t k = 0; k < slices.count(); ++k)
       slices.for_places(slices[k], c, [&](int64_t place) {
-        grads += sums_of(k)[place];
-        products += sums_of(k)[slices.width() + place];
+        grads += grad_sums[k * slices.width() + place];
+        products += product_sums[k * slices.width() + place];
       });
     const GradSums<T> found(channel_of(norm, mean[c], variance[c], c), grads, products, s.count());
     grad_weight[c] = found.weight;
@@ -323,9 +373,11 @@ void grad_channels_last(const T* grad_output, const BatchNorm<T>& norm, const ac
         for (int64_t row = 0; row < slices[k].rows; ++row) {
           const int64_t value = slices[k].first + row * slices[k].width;
           grad_input_run<activation>(numbers.norm(), grad_output + value, norm.input + value,
-                                     at(norm.residual, value), grad_input + value, slices[k].width);
+                                     at(norm.residual, value), grad_input + value, slices[k].width,
+                                     streams_runs(grad_input, s, slices[k].width));
         }
     });
+    stream_fence();
   });
 }
 

@@ -1,7 +1,7 @@
 // Runs of values that are normalised alike; see conv_bn_act_vectorized_cpu.cpp.
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/tile.h"
 #include "conv_bn_act.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
@@ -42,21 +42,36 @@ inline V activation_gradient_as(V grad, V x, Activation activation) {
   else
     return activation_gradient_vector<A>(grad, x, activation);
 }
-template <typename V>
-inline double total_of(V values) {
-  if constexpr (width_of<V> == 1) return values;
-  double total = 0;
-  if constexpr (width_of<V> > 1)
-    for (int64_t lane = 0; lane < width_of<V>; ++lane) total += values[lane];
-  return total;
-}
 
-// body(V{}, begin, end): the whole vectors of a run, then the rest one by one.
+constexpr int turns = 4;
+
+// Sums of a run, one for each turn, and of the values that are left.
+template <typename A>
+struct RunSum {
+  Vector<A> of_turn[turns] = {};
+  A rest = 0;
+
+  inline __attribute__((always_inline)) void add(Vector<A> values, int turn) { of_turn[turn] += values; }
+  inline __attribute__((always_inline)) void add(A value, int) { rest += value; }
+  double total() const {
+    const Vector<A> all = (of_turn[0] + of_turn[1]) + (of_turn[2] + of_turn[3]);
+    double sum = rest;
+    for (int64_t lane = 0; lane < lanes_of<A>; ++lane) sum += all[lane];
+    return sum;
+  }
+};
+
+// body(V{}, k, turn) for each vector of a run, and then for each value that is left. Turns count from 0 to 3:
+// sums that wait for none but their own turn's last.
 template <typename A, typename Body>
-inline __attribute__((always_inline)) void in_vectors(int64_t count, const Body& body) {
-  const int64_t whole = count / lanes_of<A> * lanes_of<A>;
-  body(Vector<A>{}, int64_t(0), whole);
-  body(A{}, whole, count);
+inline __attribute__((always_inline)) void for_vectors(int64_t count, const Body& body) {
+  constexpr int64_t L = lanes_of<A>;
+  int64_t k = 0;
+  for (; k + turns * L <= count; k += turns * L)
+#pragma GCC unroll 4
+    for (int turn = 0; turn < turns; ++turn) body(Vector<A>{}, k + turn * L, turn);
+  for (; k + L <= count; k += L) body(Vector<A>{}, k, 0);
+  for (; k < count; ++k) body(A{}, k, 0);
 }
 
 // body(constant): the activation as a constant, so that no loop asks for it.
@@ -73,7 +88,7 @@ struct Same {
   A value;
   template <typename V>
   V at(int64_t) const {
-    return V{} + value;
+    return value - V{};  // not value + 0, which would lose the sign of -0
   }
 };
 template <typename A>
@@ -100,46 +115,44 @@ inline __attribute__((always_inline)) V sum_at(const Norm<F>& norm, const T* inp
   return residual ? sum + load_as<V>(residual + k) : sum;
 }
 
-template <Activation activation, typename T, typename F>
-void normalize_run(const Norm<F>& norm, const T* input, const T* residual, T* output, int64_t count) {
-  using A = accumulate_t<T>;
-  in_vectors<A>(count, [&](auto zero, int64_t begin, int64_t end) {
-    using V = decltype(zero);
-    for (int64_t k = begin; k < end; k += width_of<V>)
-      store_as<V>(output + k, activate_as<A>(sum_at<V>(norm, input, residual, k), activation));
-  });
+// g, the gradient of the sum.
+template <Activation activation, typename V, typename T, typename F>
+inline __attribute__((always_inline)) V grad_at(const Norm<F>& norm, const T* grad_output, const T* input,
+                                                const T* residual, int64_t k) {
+  const V sum = sum_at<V>(norm, input, residual, k);
+  return activation_gradient_as<accumulate_t<T>>(load_as<V>(grad_output + k), sum, activation);
 }
 
-// add(V{}, k, g, g * (x - mean)) for each vector of a run; stores g where there is a place for it.
-template <Activation activation, typename T, typename F, typename Add>
-inline __attribute__((always_inline)) void grad_sums_run(const Norm<F>& norm, const T* grad_output,
-                                                         const T* input, const T* residual, T* grad_residual,
-                                                         int64_t count, const Add& add) {
-  using A = accumulate_t<T>;
-  in_vectors<A>(count, [&](auto zero, int64_t begin, int64_t end) {
-    using V = decltype(zero);
-    for (int64_t k = begin; k < end; k += width_of<V>) {
-      const V sum = sum_at<V>(norm, input, residual, k);
-      const V grad = activation_gradient_as<A>(load_as<V>(grad_output + k), sum, activation);
-      if (grad_residual) store_as<V>(grad_residual + k, grad);
-      add(zero, k, grad, V(grad * (load_as<V>(input + k) - norm.mean.template at<V>(k))));
-    }
-  });
+// Stores values, past the caches if so asked; those that are no vector of a whole line go the usual way.
+template <typename V, typename T>
+inline __attribute__((always_inline)) void store_as(T* target, V value, bool past_caches) {
+  if constexpr (std::is_same_v<T, float> && width_of<V> > 1)
+    if (past_caches) return stream_vector(target, value);
+  store_as<V>(target, value);
 }
 
 template <Activation activation, typename T, typename F>
-void grad_input_run(const Norm<F>& norm, const T* grad_output, const T* input, const T* residual,
-                    T* grad_input, int64_t count) {
+void normalize_run(Norm<F> norm, const T* input, const T* residual, T* output, int64_t count,
+                   bool past_caches) {
   using A = accumulate_t<T>;
-  in_vectors<A>(count, [&](auto zero, int64_t begin, int64_t end) {
+  for_vectors<A>(count, [&](auto zero, int64_t k, int) {
     using V = decltype(zero);
-    for (int64_t k = begin; k < end; k += width_of<V>) {
-      const V sum = sum_at<V>(norm, input, residual, k);
-      const V grad = activation_gradient_as<A>(load_as<V>(grad_output + k), sum, activation);
-      const V distance = load_as<V>(input + k) - norm.mean.template at<V>(k);
-      store_as<V>(grad_input + k, V(grad * norm.scale.template at<V>(k) + norm.constant.template at<V>(k) +
-                                    distance * norm.slope.template at<V>(k)));
-    }
+    store_as<V>(output + k, activate_as<A>(sum_at<V>(norm, input, residual, k), activation), past_caches);
+  });
+}
+
+template <Activation activation, typename T, typename F>
+void grad_input_run(Norm<F> norm, const T* grad_output, const T* input, const T* residual, T* grad_input,
+                    int64_t count, bool past_caches) {
+  using A = accumulate_t<T>;
+  for_vectors<A>(count, [&](auto zero, int64_t k, int) {
+    using V = decltype(zero);
+    const V grad = grad_at<activation, V>(norm, grad_output, input, residual, k);
+    const V distance = load_as<V>(input + k) - norm.mean.template at<V>(k);
+    store_as<V>(grad_input + k,
+                V(grad * norm.scale.template at<V>(k) + norm.constant.template at<V>(k) +
+                  distance * norm.slope.template at<V>(k)),
+                past_caches);
   });
 }
 
@@ -152,10 +165,16 @@ struct Moments {
 
   void add(double more, double its_mean, double its_squares) {
     if (more == 0) return;
-    const double distance = its_mean - mean, part = more / (count + more);
+    merge(mean, squares, its_mean, its_squares, count, more / (count + more));
+    count += more;
+  }
+
+  // part: of the values that come, in all.
+  static inline __attribute__((always_inline)) void merge(double& mean, double& squares, double its_mean,
+                                                          double its_squares, double count, double part) {
+    const double distance = its_mean - mean;
     mean += distance * part;
     squares += its_squares + distance * distance * count * part;
-    count += more;
   }
 };
 

@@ -13,6 +13,7 @@ from torch import nn
 from .._format import milliseconds, progress_on_terminal
 from .._timing import busy
 from ..cost import is_layer
+from ..nn import ConvBNAct
 from ..nn._rules import Rule, check_backend, rule_for, rules
 from ..ops._packed_weights import clear_packed_weights
 from ._graph import restore_graph
@@ -135,6 +136,8 @@ def _optimize(
             row.reason = why_no_rule(module)
         elif name not in selected:
             row.reason = "left out by only= or exclude="
+        elif isinstance(named.get(name.rpartition(".")[0]), ConvBNAct):
+            row.reason = "it is part of a ConvBNAct, which runs its kernels"
         else:
             row.reason = _obstacle(module, rule, backend)
             if row.reason is None:
