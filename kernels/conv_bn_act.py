@@ -2,11 +2,12 @@
 
 Formula   csrc/conv_bn_act/conv_bn_act.h: mean and variance of each channel, the output, the gradients.
 Program   CHANNELS channels over a slice of the pixels, a tile of PIXELS at a time, to two sums of a channel;
-          then a block of channels, whose slices it merges in a fixed order; then one tile of what is returned.
+          then a block of channels, whose slices it merges in a fixed order; then a tile of what is returned.
 Bytes     forward: input twice, residual and output once; backward: all operands twice, each gradient once.
-Trick     distances are from the mean of a slice's first tile: lanes add their squares on their own, and a mean
-          far from zero costs no digits. If it is one tile of k, squares are rounded at most k times as much.
-Limits    contiguous images of few pixels and few channels fill a tile badly; a launch has at most 2^31-1 tiles.
+Trick     distances are from the mean of a slice's first tile: lanes add their squares on their own, and a
+          mean far from zero costs no digits. Of k tiles, squares are rounded at most k times as much.
+Limits    contiguous images of few pixels and few channels fill a tile badly; a launch has at most 2^31-1
+          programs.
 """
 
 from __future__ import annotations
@@ -23,27 +24,28 @@ from ._common import COMPILE_OPTIONS, activate, activation_gradient, loop_bound,
 from .conv2d_launch import SUM_TYPES, tile_side
 from .depthwise_conv2d import depthwise_conv2d_grad_weight_sum_kernel
 
-TILE = 2048  # values; half as many of float64
+TILE = 2048  # values, or half as many where they take more registers
 MOST_CHANNELS = 64  # of a tile in channels_last, where they are neighbours in memory
 MOST_PIXELS = 512  # of a tile else
 PROGRAMS = 1024  # that sum: a few for each multiprocessor of a large GPU
 MERGED_SLICES, MERGED_CHANNELS = 128, 16  # at once, by one program
+SHORT = 2**30  # values of an image that 32 bits count, to the end of the last tile as well
 
 COUNTS = ("tiles", "slices", "slice_length", "count")  # Triton shall not compile a kernel for each
 
 
 @triton.jit
-def _tile(tile, c, channels, pixels, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr):
+def _tile(tile, c, channels, pixels, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr):
     """Where a tile's values lie, (PIXELS, CHANNELS), and whether they exist; no tile is of two images.
 
     Images are (images, C, pixels) in memory, or one image (pixels, C) where CHANNELS_LAST is set.
     """
     blocks = tl.cdiv(pixels, PIXELS)
-    p = (tile % blocks).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    p = (tile % blocks).to(INDEX) * PIXELS + tl.arange(0, PIXELS)
     exists = (p < pixels)[:, None] & (c < channels)[None, :]
     if CHANNELS_LAST:
         return p[:, None] * channels + c[None, :], exists
-    plane = (tile // blocks).to(tl.int64) * channels + c
+    plane = (tile // blocks).to(INDEX) * channels + c
     return p[:, None] + (plane * pixels)[None, :], exists
 
 
@@ -57,25 +59,26 @@ def _values_before(tile, pixels, PIXELS: tl.constexpr):
 
 @triton.jit
 def _channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, c, channels, EPS: tl.constexpr):
-    """Mean, inverse of the standard deviation, weight and bias of channels."""
+    """Of channels: mean, inverse of the standard deviation, that times the weight, bias."""
     exists = c < channels
     mean = tl.load(mean_ptr + c, mask=exists, other=0.0)
     inverse = tl.rsqrt(tl.load(variance_ptr + c, mask=exists, other=1.0) + EPS)
-    weight, bias = tl.full(c.shape, 1.0, mean.dtype), tl.full(c.shape, 0.0, mean.dtype)
+    scale, bias = inverse, tl.zeros_like(mean)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + c, mask=exists, other=0.0)
+        scale = inverse * tl.load(weight_ptr + c, mask=exists, other=0.0)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c, mask=exists, other=0.0)
-    return mean[None, :], inverse[None, :], weight[None, :], bias[None, :]
+    return mean, inverse, scale, bias
 
 
 @triton.jit
-def _sum(normal, weight, bias, residual_ptr, at, exists):
-    """What is activated."""
-    total = normal * weight + bias
+def _sum(input_ptr, residual_ptr, at, exists, mean, scale, bias, SUM: tl.constexpr):
+    """Distances of a tile from the mean, and what is activated."""
+    distance = tl.load(input_ptr + at, mask=exists, other=0.0).to(SUM) - mean[None, :]
+    total = distance * scale[None, :] + bias[None, :]
     if residual_ptr is not None:
-        total += tl.load(residual_ptr + at, mask=exists, other=0.0).to(total.dtype)
-    return total
+        total += tl.load(residual_ptr + at, mask=exists, other=0.0).to(SUM)
+    return distance, total
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -83,19 +86,20 @@ def conv_bn_act_sliced_statistics_kernel(
     input_ptr,  # (images, C, pixels) or (pixels, C)
     partial_ptr,  # (slices, 2, C): mean; squared distances from it
     channels, pixels, tiles, slice_length,  # slice_length: tiles
-    SUM: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    SUM: tl.constexpr, INDEX: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     first = tl.program_id(1) * slice_length
     last = tl.minimum(first + slice_length, tiles)
-    at, exists = _tile(first, c, channels, pixels, CHANNELS_LAST, PIXELS)
+    at, exists = _tile(first, c, channels, pixels, CHANNELS_LAST, PIXELS, INDEX)
     x = tl.load(input_ptr + at, mask=exists, other=0.0).to(SUM)
     begin = _values_before(first, pixels, PIXELS)
     pivot = tl.sum(x, axis=0) / (_values_before(first + 1, pixels, PIXELS) - begin).to(SUM)
     distance = tl.where(exists, x - pivot[None, :], 0.0)
     total, squares = distance, distance * distance
     for tile in tl.range(loop_bound(first) + 1, loop_bound(last)):
-        at, exists = _tile(tile, c, channels, pixels, CHANNELS_LAST, PIXELS)
+        at, exists = _tile(tile, c, channels, pixels, CHANNELS_LAST, PIXELS, INDEX)
         x = tl.load(input_ptr + at, mask=exists, other=0.0).to(SUM)
         distance = tl.where(exists, x - pivot[None, :], 0.0)
         total += distance
@@ -160,15 +164,15 @@ def conv_bn_act_sliced_normalize_kernel(
     output_ptr,
     channels, pixels,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr,
-    SUM: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    SUM: tl.constexpr, INDEX: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     channel_blocks = tl.cdiv(channels, CHANNELS)
     c = tl.program_id(0) % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
-    mean, inverse, weight, bias = _channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, c, channels, EPS)
+    mean, _, scale, bias = _channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, c, channels, EPS)
     tile = tl.program_id(0) // channel_blocks
-    at, exists = _tile(tile, c, channels, pixels, CHANNELS_LAST, PIXELS)
-    normal = (tl.load(input_ptr + at, mask=exists, other=0.0).to(SUM) - mean) * inverse
-    total = _sum(normal, weight, bias, residual_ptr, at, exists)
+    at, exists = _tile(tile, c, channels, pixels, CHANNELS_LAST, PIXELS, INDEX)
+    _, total = _sum(input_ptr, residual_ptr, at, exists, mean, scale, bias, SUM)
     tl.store(output_ptr + at, activate(total, ACTIVATION), mask=exists)
 
 
@@ -185,24 +189,25 @@ def conv_bn_act_sliced_grad_weight_kernel(
     partial_ptr,  # (slices, 2, C): the gradients of weight and bias
     channels, pixels, tiles, slice_length,  # slice_length: tiles
     EPS: tl.constexpr, ACTIVATION: tl.constexpr,
-    SUM: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    SUM: tl.constexpr, INDEX: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    mean, inverse, weight, bias = _channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, c, channels, EPS)
+    mean, inverse, scale, bias = _channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, c, channels, EPS)
     first = tl.program_id(1) * slice_length
     last = tl.minimum(first + slice_length, tiles)
     total, products = tl.zeros((PIXELS, CHANNELS), SUM), tl.zeros((PIXELS, CHANNELS), SUM)
     for tile in tl.range(loop_bound(first), loop_bound(last)):
-        at, exists = _tile(tile, c, channels, pixels, CHANNELS_LAST, PIXELS)
-        normal = (tl.load(input_ptr + at, mask=exists, other=0.0).to(SUM) - mean) * inverse
+        at, exists = _tile(tile, c, channels, pixels, CHANNELS_LAST, PIXELS, INDEX)
+        distance, x = _sum(input_ptr, residual_ptr, at, exists, mean, scale, bias, SUM)
         grad = tl.load(grad_output_ptr + at, mask=exists, other=0.0).to(SUM)
-        grad = activation_gradient(grad, _sum(normal, weight, bias, residual_ptr, at, exists), ACTIVATION)
+        grad = activation_gradient(grad, x, ACTIVATION)
         if grad_residual_ptr is not None:
             tl.store(grad_residual_ptr + at, grad, mask=exists)
         total += grad
-        products += grad * normal
+        products += grad * distance
     partial = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + c
-    tl.store(partial, tl.sum(products, axis=0), mask=c < channels)
+    tl.store(partial, tl.sum(products, axis=0) * inverse, mask=c < channels)
     tl.store(partial + channels, tl.sum(total, axis=0), mask=c < channels)
 
 
@@ -220,21 +225,21 @@ def conv_bn_act_sliced_grad_input_kernel(
     grad_input_ptr,
     channels, pixels, count,  # count: values of a channel
     EPS: tl.constexpr, ACTIVATION: tl.constexpr,
-    SUM: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    SUM: tl.constexpr, INDEX: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     channel_blocks = tl.cdiv(channels, CHANNELS)
     c = tl.program_id(0) % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
-    mean, inverse, weight, bias = _channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, c, channels, EPS)
-    slope = tl.load(grad_weight_ptr + c, mask=c < channels, other=0.0) / count
+    mean, inverse, scale, bias = _channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, c, channels, EPS)
+    slope = tl.load(grad_weight_ptr + c, mask=c < channels, other=0.0) / count * inverse
     mean_grad = tl.load(grad_bias_ptr + c, mask=c < channels, other=0.0) / count
 
     tile = tl.program_id(0) // channel_blocks
-    at, exists = _tile(tile, c, channels, pixels, CHANNELS_LAST, PIXELS)
-    normal = (tl.load(input_ptr + at, mask=exists, other=0.0).to(SUM) - mean) * inverse
+    at, exists = _tile(tile, c, channels, pixels, CHANNELS_LAST, PIXELS, INDEX)
+    distance, x = _sum(input_ptr, residual_ptr, at, exists, mean, scale, bias, SUM)
     grad = tl.load(grad_output_ptr + at, mask=exists, other=0.0).to(SUM)
-    grad = activation_gradient(grad, _sum(normal, weight, bias, residual_ptr, at, exists), ACTIVATION)
-    rest = grad - mean_grad[None, :] - normal * slope[None, :]
-    tl.store(grad_input_ptr + at, weight * inverse * rest, mask=exists)
+    rest = activation_gradient(grad, x, ACTIVATION) - mean_grad[None, :] - distance * slope[None, :]
+    tl.store(grad_input_ptr + at, scale[None, :] * rest, mask=exists)
 
 
 def conv_bn_act_normalize_triton(
@@ -340,7 +345,9 @@ def _division(input: torch.Tensor) -> tuple[int, int, int, int, dict[str, Any]]:
     pixels = height * width
     # Of one channel, or of one pixel, both layouts are the same.
     channels_last = memory_format_of(input) == torch.channels_last or 1 in (channels, pixels)
-    size = TILE // 2 if input.dtype == torch.float64 else TILE
+    # Values that Triton does not know to lie on 16 bytes are loaded one by one; addresses take registers.
+    one_by_one = (channels if channels_last else pixels) % 16 != 0
+    size = TILE // 2 if input.dtype == torch.float64 or one_by_one else TILE
     if channels_last:
         images, pixels = 1, images * pixels
         own_channels = _side(channels, MOST_CHANNELS)
@@ -349,8 +356,9 @@ def _division(input: torch.Tensor) -> tuple[int, int, int, int, dict[str, Any]]:
         own_pixels = _side(pixels, MOST_PIXELS)
         own_channels = min(size // own_pixels, triton.next_power_of_2(channels))
     tiling = {
-        "SUM": SUM_TYPES[sum_type(input.dtype)], "CHANNELS_LAST": channels_last,
-        "PIXELS": own_pixels, "CHANNELS": own_channels, "num_warps": 4,
+        "SUM": SUM_TYPES[sum_type(input.dtype)],
+        "INDEX": tl.int32 if input.numel() < SHORT else tl.int64,
+        "CHANNELS_LAST": channels_last, "PIXELS": own_pixels, "CHANNELS": own_channels, "num_warps": 4,
     }  # fmt: skip
     tiles = images * triton.cdiv(pixels, own_pixels)
     return channels, pixels, tiles, triton.cdiv(channels, own_channels), tiling

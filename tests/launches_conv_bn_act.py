@@ -1,4 +1,4 @@
-"""What the Triton compile gate launches of conv_bn_act: the normalisation of some layers, and its gradients."""
+"""What the Triton compile gate launches of conv_bn_act: normalisation and its gradients."""
 
 from __future__ import annotations
 
@@ -51,4 +51,8 @@ LAUNCHES = [
     Layer(EARLY, False, "bfloat16", "silu", False),
     Layer(EARLY, True, "float64", "gelu"),
     Layer(EARLY, False, "float64", "silu"),
+    Layer((64, 24, 56, 56), True, "bfloat16", "relu6"),
+    Layer((64, 1, 224, 224), False, "float32", "gelu"),
+    Layer((64, 64, 1120, 1120), True, "bfloat16", "relu"),  # more than 32 bits count
+    Layer((64, 64, 1120, 1120), False, "bfloat16", "relu"),
 ]
