@@ -110,7 +110,7 @@ def conv_bn_act_sliced_statistics_kernel(
     squares -= total * shift
     partial = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + c
     tl.store(partial, pivot + shift, mask=c < channels)
-    tl.store(partial + channels, tl.where(squares < 0, 0.0, squares), mask=c < channels)
+    tl.store(partial + channels, squares, mask=c < channels)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -123,13 +123,11 @@ def conv_bn_act_sliced_merge_kernel(
 ):  # fmt: skip
     """The slices' means and squared distances to those of all, always in the same order."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    pivot = tl.load(partial_ptr + c, mask=c < channels, other=0.0)
     total = tl.zeros((SLICES, BLOCK), SUM)
     for start in tl.range(0, loop_bound(slices), SLICES):
         at, exists, values = _slices(start, c, channels, pixels, tiles, slices, slice_length, PIXELS, SLICES)
-        mean = tl.load(partial_ptr + at, mask=exists, other=0.0)
-        total += tl.where(exists, (mean - pivot[None, :]) * values.to(SUM), 0.0)
-    center = pivot + tl.sum(total, axis=0) / count
+        total += tl.load(partial_ptr + at, mask=exists, other=0.0) * values.to(SUM)
+    center = tl.sum(total, axis=0) / count
 
     squares = tl.zeros((SLICES, BLOCK), SUM)
     for start in tl.range(0, loop_bound(slices), SLICES):
