@@ -1,0 +1,161 @@
+"""Modules whose forward runs chains of layers in one call each."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._chains import Chain, compile_graph, find_chains
+
+LEFT = "_fastconv_left"  # on a fused module: the layers that were not to be fused
+
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctionType, type)
+
+
+class Forward:
+    """A module's forward with its chains in one call each, as long as the module is as it was traced."""
+
+    def __init__(self, module: nn.Module) -> None:
+        attributes = vars(module)
+        self.count = len(attributes)
+        self.constants = [(name, value) for name, value in attributes.items() if is_constant(value)]
+        self.children = _children(module)
+        self.call: Callable[..., Any] | None = None
+        self.chains: list[Chain] = []
+        self.obstacle: str | None = None
+        before = dict(attributes)
+        own = before.keys() - _OF_EVERY_MODULE - dict(self.constants).keys()
+        try:
+            attributes.update(dict.fromkeys(own, _Unknown()))
+            graph, self.chains = find_chains(module, attributes.get(LEFT, ()))
+        except Exception as error:  # whatever a forward may raise that is given a proxy
+            self.obstacle = f"its forward cannot be traced: {type(error).__name__}: {error}"
+        finally:  # also what the forward itself has written
+            attributes.clear()
+            attributes.update(before)
+        if self.chains:
+            self.call = compile_graph(graph)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module's forward would be traced again as it was."""
+        attributes = vars(module)
+        return (
+            len(attributes) == self.count
+            and all(_same(attributes.get(name, self), value) for name, value in self.constants)
+            and _children(module) == self.children
+        )
+
+
+class _Unknown:
+    """In the place of an attribute that may change: a forward that looks at it cannot be traced."""
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+
+
+def is_constant(value: Any) -> bool:
+    """It cannot change but by another taking its place."""
+    if type(value) is tuple:
+        return all(map(is_constant, value))
+    return isinstance(value, _CONSTANTS)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and a == b)
+
+
+def _children(module: nn.Module) -> list:
+    """Which there are, also in lists; not what they are, at which each call looks."""
+    found: list = []
+    for name, child in module._modules.items():
+        found.append(name if child is not None else (name, None))
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found.append(_children(child))
+    return found
+
+
+_forwards: weakref.WeakKeyDictionary[nn.Module, list[Forward]] = weakref.WeakKeyDictionary()
+
+
+def forward_of(module: nn.Module) -> Forward:
+    """The forward that holds for a module as it is; traced where there is none yet."""
+    known = _forwards.setdefault(module, [])
+    for forward in known:
+        if forward.holds(module):
+            return forward
+    del known[:-3]  # training and eval, and one more state
+    known.append(Forward(module))
+    return known[-1]
+
+
+class Fused:
+    """A module of another class, whose forward runs its chains in one call each."""
+
+    original: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():  # a compiler finds the chains in its own graph
+            call = forward_of(self).call
+            if call is not None:
+                return call(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        made, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _new, (type(self).original,), *state
+
+
+def _new(original: type[nn.Module]) -> nn.Module:
+    kind = fused_type(original)
+    return kind.__new__(kind)
+
+
+_types: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def fused_type(original: type[nn.Module]) -> type[nn.Module]:
+    if original not in _types:
+        name = f"Fused{original.__name__}"
+        _types[original] = type(name, (Fused, original), {"original": original, "__doc__": original.__doc__})
+    return _types[original]
+
+
+def fuse(module: nn.Module, left: tuple[str, ...] = ()) -> Forward:
+    """Gives a module the class that runs its chains in one call each, if it has any."""
+    attributes = vars(module)
+    attributes[LEFT] = left
+    forward = Forward(module)
+    if not forward.chains:
+        del attributes[LEFT]
+    else:
+        module.__class__ = fused_type(type(module))
+        _forwards[module] = [forward]
+    return forward
+
+
+def unfuse(module: nn.Module) -> None:
+    if isinstance(module, Fused):
+        module.__class__ = type(module).original
+        vars(module).pop(LEFT, None)
+        _forwards.pop(module, None)
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that may have chains: a batch normalisation is among their children, or in a list of these."""
+    for name, module in model.named_modules():
+        own = type(module).__module__.startswith("fastconv.nn.")
+        if not own and "forward" not in vars(module) and _has_norm(module):
+            yield name, module
+
+
+def _has_norm(module: nn.Module) -> bool:
+    return any(
+        type(child) is nn.BatchNorm2d
+        or (isinstance(child, (nn.ModuleList, nn.ModuleDict)) and _has_norm(child))
+        for child in module.children()
+    )
