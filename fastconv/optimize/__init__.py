@@ -9,11 +9,13 @@ place. So parameters, buffers, hooks, optimizers, state_dict keys, pickling and 
 """
 
 from ._functional import enable
+from ._fused import ChainReport
 from ._graph import GraphReport, optimize_graph
 from ._report import LayerReport, Report, report
 from ._swap import OptimizeError, optimize, restore
 
 __all__ = [
+    "ChainReport",
     "GraphReport",
     "LayerReport",
     "OptimizeError",

@@ -57,6 +57,10 @@ class Chain:
     layer: str | None
     sums: bool
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return (self.conv, self.norm) if self.layer is None else (self.conv, self.norm, self.layer)
+
     def __str__(self) -> str:
         parts = [self.conv, self.norm, *(["sum"] if self.sums else []), self.layer or self.activation]
         return " + ".join(part for part in parts if part)
@@ -69,12 +73,18 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def find_chains(module: nn.Module, left: tuple[str, ...]) -> tuple[fx.Graph, list[Chain]]:
-    """A module's forward with a call in each chain's place, and the chains. ``left``: layers to leave alone.
+def find_chains(
+    module: nn.Module, left: tuple[str, ...], forward: str = "forward"
+) -> tuple[fx.Graph, list[Chain]]:
+    """A module's forward with a call in each chain's place, and the chains.
+
+    ``left``: layers to leave alone. ``forward``: name of the method.
 
     Raises what tracing raises, where the forward cannot be traced.
     """
-    graph = _Tracer().trace(module)
+    tracer = _Tracer()
+    tracer.traced_func_name = forward
+    graph = tracer.trace(module)
     chains = []
     for node in list(graph.nodes):
         if node.op != "call_module" or type(_child(module, node)) is not nn.BatchNorm2d:

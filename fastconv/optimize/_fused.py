@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -15,6 +16,24 @@ from ._chains import Chain, compile_graph, find_chains
 LEFT = "_fastconv_left"  # on a fused module: the layers that were not to be fused
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctionType, type)
+
+
+@dataclass(frozen=True)
+class ChainReport:
+    """Layers that one call runs, or a module in which none were found because its forward cannot be traced.
+
+    Attributes:
+        name, type: of the module in whose forward they are.
+        layers: names of the convolution, the normalisation and, if it is one, the activation.
+        obstacle: why the forward cannot be traced; None where it was.
+        chain: what is computed, by the names of the module's own layers.
+    """
+
+    name: str
+    type: str
+    layers: tuple[str, ...]
+    obstacle: str | None = None
+    chain: str = ""
 
 
 class Forward:
@@ -32,7 +51,8 @@ class Forward:
         own = before.keys() - _OF_EVERY_MODULE - dict(self.constants).keys()
         try:
             attributes.update(dict.fromkeys(own, _Unknown()))
-            graph, self.chains = find_chains(module, attributes.get(LEFT, ()))
+            name = "original_forward" if isinstance(module, Fused) else "forward"
+            graph, self.chains = find_chains(module, before.get(LEFT, ()), name)
         except Exception as error:  # whatever a forward may raise that is given a proxy
             self.obstacle = f"its forward cannot be traced: {type(error).__name__}: {error}"
         finally:  # also what the forward itself has written
@@ -97,13 +117,14 @@ class Fused:
     """A module of another class, whose forward runs its chains in one call each."""
 
     original: type[nn.Module]
+    original_forward: Callable[..., Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():  # a compiler finds the chains in its own graph
             call = forward_of(self).call
             if call is not None:
                 return call(self, *args, **kwargs)
-        return super().forward(*args, **kwargs)
+        return self.original_forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         made, _, *state = super().__reduce_ex__(max(protocol, 2))
@@ -121,20 +142,24 @@ _types: dict[type[nn.Module], type[nn.Module]] = {}
 def fused_type(original: type[nn.Module]) -> type[nn.Module]:
     if original not in _types:
         name = f"Fused{original.__name__}"
-        _types[original] = type(name, (Fused, original), {"original": original, "__doc__": original.__doc__})
+        own = {"original": original, "original_forward": original.forward, "__doc__": original.__doc__}
+        _types[original] = type(name, (Fused, original), own)
     return _types[original]
 
 
 def fuse(module: nn.Module, left: tuple[str, ...] = ()) -> Forward:
     """Gives a module the class that runs its chains in one call each, if it has any."""
-    attributes = vars(module)
-    attributes[LEFT] = left
+    vars(module)[LEFT] = left
     forward = Forward(module)
-    if not forward.chains:
-        del attributes[LEFT]
-    else:
-        module.__class__ = fused_type(type(module))
+    if forward.chains:
+        try:
+            module.__class__ = fused_type(type(module))
+        except TypeError as error:  # such as a class with slots
+            forward.chains, forward.obstacle = [], f"its class cannot be changed: {error}"
+    if forward.chains:
         _forwards[module] = [forward]
+    else:
+        del vars(module)[LEFT]
     return forward
 
 
@@ -143,6 +168,31 @@ def unfuse(module: nn.Module) -> None:
         module.__class__ = type(module).original
         vars(module).pop(LEFT, None)
         _forwards.pop(module, None)
+
+
+def fuse_chains(model: nn.Module, selected: set[str]) -> list[ChainReport]:
+    """Fuses what chains of selected layers a model's modules have; those of earlier calls stay."""
+    rows = []
+    for name, module in list(candidates(model)):
+        prefix = f"{name}." if name else ""
+        layers = [layer for layer, _ in module.named_modules() if layer]
+        left = [layer for layer in layers if prefix + layer not in selected]
+        if isinstance(module, Fused):
+            left = [layer for layer in left if layer in vars(module).get(LEFT, ())]
+            unfuse(module)
+        rows += rows_of(name, module, fuse(module, tuple(left)))
+    return rows
+
+
+def rows_of(name: str, module: nn.Module, forward: Forward) -> list[ChainReport]:
+    kind = (type(module).original if isinstance(module, Fused) else type(module)).__name__
+    if forward.obstacle is not None:
+        return [ChainReport(name, kind, (), forward.obstacle)]
+    prefix = f"{name}." if name else ""
+    return [
+        ChainReport(name, kind, tuple(prefix + layer for layer in chain.layers), chain=str(chain))
+        for chain in forward.chains
+    ]
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
