@@ -28,26 +28,29 @@ __device__ __forceinline__ void store_unit(T* address, const Unit<T, V>& unit) {
   store_global(reinterpret_cast<Unit<T, V>*>(address), unit);
 }
 
-// What a slice of a channel comes to forward. Two of them make one by the formula of Chan, Golub and LeVeque
+// What a part of a channel comes to forward. Two of them make one by the formula of Chan, Golub and LeVeque
 // ("Updating formulae and a pairwise algorithm for computing sample variances", 1979), which takes no
-// difference of large sums.
+// difference of large sums. The mean in two parts: far from zero, one float would have no digits left for
+// the distance of two means.
 template <typename A>
 struct Moments {
-  A count, mean, squares;  // squares: the sum of (x - mean)^2
+  A count, shift, mean, squares;  // mean: less shift; squares: the sum of (x - shift - mean)^2
 
-  static __device__ __forceinline__ Moments of(A count, A mean, A squares) { return {count, mean, squares}; }
+  static __device__ __forceinline__ Moments of(A count, A mean, A squares) {
+    return {count, mean, A(0), squares};
+  }
   __device__ __forceinline__ void add(const Moments& other) {
     const A total = count + other.count, share = total > A(0) ? other.count / total : A(0);
-    const A distance = other.mean - mean;
+    const A distance = (other.shift - shift) + (other.mean - mean);
     squares += other.squares + distance * (distance * (count * share));
     mean += distance * share;
     count = total;
   }
-  __device__ __forceinline__ Moments of_lane_below(int distance) const {
-    return {__shfl_down_sync(0xffffffff, count, distance), __shfl_down_sync(0xffffffff, mean, distance),
-            __shfl_down_sync(0xffffffff, squares, distance)};
+  __device__ __forceinline__ Moments of_lane_after(int distance) const {
+    return {__shfl_down_sync(0xffffffff, count, distance), __shfl_down_sync(0xffffffff, shift, distance),
+            __shfl_down_sync(0xffffffff, mean, distance), __shfl_down_sync(0xffffffff, squares, distance)};
   }
-  __device__ __forceinline__ A first() const { return mean; }
+  __device__ __forceinline__ A first() const { return shift + mean; }
   __device__ __forceinline__ A second() const { return squares; }
   __device__ __forceinline__ A second_of_channel() const { return squares / count; }
 };
@@ -62,7 +65,7 @@ struct GradSums {
     grad += other.grad;
     product += other.product;
   }
-  __device__ __forceinline__ GradSums of_lane_below(int distance) const {
+  __device__ __forceinline__ GradSums of_lane_after(int distance) const {
     return {__shfl_down_sync(0xffffffff, grad, distance), __shfl_down_sync(0xffffffff, product, distance)};
   }
   __device__ __forceinline__ A first() const { return grad; }
@@ -153,7 +156,7 @@ __device__ __forceinline__ void store_slice(M (&mine)[Numbers], const Walk<V, Ch
                                             const BatchNormShape& s, int columns) {
   int row = walk.row, rows = walk.rows;
   if constexpr (!ChannelsLast) {
-    for (int distance = 16; distance > 0; distance /= 2) mine[0].add(mine[0].of_lane_below(distance));
+    for (int distance = 16; distance > 0; distance /= 2) mine[0].add(mine[0].of_lane_after(distance));
     row = row % 32 == 0 ? row / 32 : slice_threads;
     rows = slice_threads / 32;
   }
@@ -190,6 +193,30 @@ __global__ void __launch_bounds__(slice_threads)
   if (row != 0 || !exists) return;
   store_global(first + channel, mine[0].first());
   store_global(second + channel, mine[0].second_of_channel());
+}
+
+// Numbers of a block's channels, worked out once: make(channel, numbers) gives those of one. `mine` gets a
+// thread's own. Every thread of the block has to call it.
+template <int V, bool ChannelsLast, typename A, int Kinds, int Numbers, typename Make>
+__device__ __forceinline__ void share_numbers(A (&mine)[Kinds][Numbers], const Walk<V, ChannelsLast>& walk,
+                                              const BatchNormShape& s, int columns, const Make& make) {
+  __shared__ A shared[Kinds][Numbers][ChannelsLast ? slice_columns : 1];
+  const int count = columns * Numbers;  // at most one for each thread
+  const int64_t first = int64_t(blockIdx.x) * count;
+  const int k = int(threadIdx.x);
+  if (k < count && first + k < s.channels) {
+    A numbers[Kinds];
+    make(first + k, numbers);
+#pragma unroll
+    for (int kind = 0; kind < Kinds; ++kind)
+      store_shared(&shared[kind][k % Numbers][k / Numbers], numbers[kind]);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int kind = 0; kind < Kinds; ++kind)
+#pragma unroll
+    for (int n = 0; n < Numbers; ++n)
+      mine[kind][n] = load_shared(&shared[kind][n][walk.column], walk.inside());
 }
 
 // body(constant): the activation as a constant, so that no value asks for it.

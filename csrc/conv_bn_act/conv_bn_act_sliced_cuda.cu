@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(slice_threads)
 #pragma unroll
   for (int n = 0; n < Numbers; ++n) {
     const A center = count > 0 ? sum[n] / A(count) : A(0);
-    mine[n] = {A(count), shift[n] + center, squares[n] - sum[n] * center};
+    mine[n] = {A(count), shift[n], center, squares[n] - sum[n] * center};
     if (mine[n].squares < A(0)) mine[n].squares = 0;  // NaN stays NaN
   }
   store_slice(mine, walk, partial, s, columns);
@@ -74,14 +74,12 @@ __global__ void __launch_bounds__(slice_threads)
   using A = accumulate_t<T>;
   constexpr int Numbers = ChannelsLast ? V : 1;
   const Walk<V, ChannelsLast> start(s, columns);
-  if (!start.inside()) return;
-  A center[Numbers], scale[Numbers], bias[Numbers];
-#pragma unroll
-  for (int n = 0; n < Numbers; ++n) {
-    const int64_t c = start.channel + n;
+  A numbers[3][Numbers];
+  share_numbers(numbers, start, s, columns, [&](int64_t c, A(&made)[3]) {
     const auto channel = channel_of(norm, load_global(mean + c), load_global(variance + c), c);
-    center[n] = channel.mean, scale[n] = channel.inverse * channel.weight, bias[n] = channel.bias;
-  }
+    made[0] = channel.mean, made[1] = channel.inverse * channel.weight, made[2] = channel.bias;
+  });
+  const auto& [center, scale, bias] = numbers;
   with_activation(norm.activation, [&](auto activation) {
     auto walk = start;
     while (walk.inside()) {

@@ -15,29 +15,12 @@ namespace {
 template <int V>
 constexpr int loads_each = V == 8 ? 1 : 2;  // of a thread from each image at once: what registers allow
 
-// A channel's numbers, each thread's own.
-template <typename A, int Numbers>
-struct Channels {
-  A mean[Numbers], inverse[Numbers], scale[Numbers], bias[Numbers];
-
-  template <typename T>
-  __device__ __forceinline__ Channels(const BatchNorm<T>& norm, const A* means, const A* variances,
-                                      int64_t first) {
-#pragma unroll
-    for (int n = 0; n < Numbers; ++n) {
-      const auto channel =
-          channel_of(norm, load_global(means + first + n), load_global(variances + first + n), first + n);
-      mean[n] = channel.mean, inverse[n] = channel.inverse, bias[n] = channel.bias;
-      scale[n] = channel.inverse * channel.weight;
-    }
-  }
-};
-
-// body(at, g, d) for each of a thread's units; g and d have V values.
-template <int V, bool ChannelsLast, typename T, int Numbers, typename Body>
+// body(at, g, d) for each of a thread's units; g and d have V values. The first three numbers of a channel:
+// mean, scale, bias.
+template <int V, bool ChannelsLast, typename T, int Kinds, int Numbers, typename Body>
 __device__ __forceinline__ void for_each_unit(const Walk<V, ChannelsLast>& start, const T* grad_output,
                                               const BatchNorm<T>& norm,
-                                              const Channels<accumulate_t<T>, Numbers>& channels,
+                                              const accumulate_t<T> (&numbers)[Kinds][Numbers],
                                               const BatchNormShape& s, const Body& body) {
   using A = accumulate_t<T>;
   with_activation(norm.activation, [&](auto activation) {
@@ -61,8 +44,8 @@ __device__ __forceinline__ void for_each_unit(const Walk<V, ChannelsLast>& start
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const int n = ChannelsLast ? v : 0;
-          d[v] = load(inputs[i].values[v]) - channels.mean[n];
-          const A sum = d[v] * channels.scale[n] + channels.bias[n] + load(residuals[i].values[v]);
+          d[v] = load(inputs[i].values[v]) - numbers[0][n];
+          const A sum = d[v] * numbers[1][n] + numbers[2][n] + load(residuals[i].values[v]);
           g[v] = activation_gradient(A(load(grads[i].values[v])), sum, decltype(activation)::value);
         }
         body(at[i], g, d);
@@ -83,21 +66,24 @@ __global__ void __launch_bounds__(slice_threads)
   using A = accumulate_t<T>;
   constexpr int Numbers = ChannelsLast ? V : 1;
   const Walk<V, ChannelsLast> walk(s, columns);
+  A numbers[4][Numbers];
+  share_numbers(numbers, walk, s, columns, [&](int64_t c, A(&made)[4]) {
+    const auto channel = channel_of(norm, load_global(mean + c), load_global(variance + c), c);
+    made[0] = channel.mean, made[1] = channel.inverse * channel.weight, made[2] = channel.bias;
+    made[3] = channel.inverse;
+  });
   GradSums<A> mine[Numbers] = {};
-  if (walk.inside()) {
-    const Channels<A, Numbers> channels(norm, mean, variance, walk.channel);
-    for_each_unit(walk, grad_output, norm, channels, s, [&](int64_t at, const A(&g)[V], const A(&d)[V]) {
-      Unit<T, V> unit;
+  for_each_unit(walk, grad_output, norm, numbers, s, [&](int64_t at, const A(&g)[V], const A(&d)[V]) {
+    Unit<T, V> unit;
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        mine[ChannelsLast ? v : 0].add({g[v], g[v] * d[v]});
-        unit.values[v] = rounded<T>(g[v]);
-      }
-      if (grad_residual != nullptr) store_unit(grad_residual + at, unit);
-    });
+    for (int v = 0; v < V; ++v) {
+      mine[ChannelsLast ? v : 0].add({g[v], g[v] * d[v]});
+      unit.values[v] = rounded<T>(g[v]);
+    }
+    if (grad_residual != nullptr) store_unit(grad_residual + at, unit);
+  });
 #pragma unroll
-    for (int n = 0; n < Numbers; ++n) mine[n].product *= channels.inverse[n];
-  }
+  for (int n = 0; n < Numbers; ++n) mine[n].product *= numbers[3][n];
   store_slice(mine, walk, partial, s, columns);
 }
 
@@ -114,21 +100,20 @@ __global__ void __launch_bounds__(slice_threads)
   using A = accumulate_t<T>;
   constexpr int Numbers = ChannelsLast ? V : 1;
   const Walk<V, ChannelsLast> walk(s, columns);
-  if (!walk.inside()) return;
-  const Channels<A, Numbers> channels(norm, mean, variance, walk.channel);
-  A constant[Numbers], slope[Numbers];
-#pragma unroll
-  for (int n = 0; n < Numbers; ++n) {
-    const A share = -channels.scale[n] / A(s.count());
-    constant[n] = share * load_global(grad_bias + walk.channel + n);
-    slope[n] = share * channels.inverse[n] * load_global(grad_weight + walk.channel + n);
-  }
-  for_each_unit(walk, grad_output, norm, channels, s, [&](int64_t at, const A(&g)[V], const A(&d)[V]) {
+  A numbers[5][Numbers];
+  share_numbers(numbers, walk, s, columns, [&](int64_t c, A(&made)[5]) {
+    const auto channel = channel_of(norm, load_global(mean + c), load_global(variance + c), c);
+    const A scale = channel.inverse * channel.weight, share = -scale / A(s.count());
+    made[0] = channel.mean, made[1] = scale, made[2] = channel.bias;
+    made[3] = share * load_global(grad_bias + c);
+    made[4] = share * channel.inverse * load_global(grad_weight + c);
+  });
+  for_each_unit(walk, grad_output, norm, numbers, s, [&](int64_t at, const A(&g)[V], const A(&d)[V]) {
     Unit<T, V> unit;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int n = ChannelsLast ? v : 0;
-      unit.values[v] = rounded<T>(g[v] * channels.scale[n] + (constant[n] + d[v] * slope[n]));
+      unit.values[v] = rounded<T>(g[v] * numbers[1][n] + (numbers[3][n] + d[v] * numbers[4][n]));
     }
     store_unit(grad_input + at, unit);
   });
