@@ -14,11 +14,13 @@
 namespace fastconv {
 namespace {
 
-constexpr int loads_each = 4;       // of a thread at once, where slices are read
-constexpr int normalized_each = 2;  // the same where units are computed and stored
+// Loads of a thread at once, from each image: what registers allow.
+template <int V>
+constexpr int loads_each = V == 8 ? 2 : 4;
+constexpr int normalized_each = 2;
 
 template <typename T, int V, bool ChannelsLast>
-__global__ void __launch_bounds__(slice_threads)
+__global__ void __launch_bounds__(slice_threads, 1)
     conv_bn_act_sliced_moments_kernel(const T* __restrict__ input,            // (N, C, H, W)
                                       accumulate_t<T>* __restrict__ partial,  // (slices, 2, C)
                                       BatchNormShape s, int columns) {
@@ -27,12 +29,12 @@ __global__ void __launch_bounds__(slice_threads)
   Walk<V, ChannelsLast> walk(s, columns);
   // About a value of the channel, the two sums stay small, and so does what rounding takes from them.
   A shift[Numbers] = {}, sum[Numbers] = {}, squares[Numbers] = {};
-  int64_t count = 0;
+  int count = 0;
   while (walk.inside()) {
-    Unit<T, V> units[loads_each];
-    bool inside[loads_each];
+    Unit<T, V> units[loads_each<V>];
+    bool inside[loads_each<V>];
 #pragma unroll
-    for (int i = 0; i < loads_each; ++i) {
+    for (int i = 0; i < loads_each<V>; ++i) {
       inside[i] = walk.inside();
       units[i] = load_unit<V>(input + (inside[i] ? walk.at : 0), inside[i]);
       walk.advance(s);
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(slice_threads)
       for (int n = 0; n < Numbers; ++n) shift[n] = load(units[0].values[n]);
     }
 #pragma unroll
-    for (int i = 0; i < loads_each; ++i) {
+    for (int i = 0; i < loads_each<V>; ++i) {
       if (!inside[i]) break;
       count += V / Numbers;
 #pragma unroll

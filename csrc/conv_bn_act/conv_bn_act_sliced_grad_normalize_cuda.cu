@@ -12,8 +12,9 @@
 namespace fastconv {
 namespace {
 
-template <int V>
-constexpr int loads_each = V == 8 ? 1 : 2;  // of a thread from each image at once: what registers allow
+// Loads of a thread at once, from each image: what registers allow.
+template <typename T, int V>
+constexpr int loads_each = V == 8 || sizeof(T) == 8 ? 1 : 2;
 
 // body(at, g, d) for each of a thread's units; g and d have V values. The first three numbers of a channel:
 // mean, scale, bias.
@@ -26,10 +27,10 @@ __device__ __forceinline__ void for_each_unit(const Walk<V, ChannelsLast>& start
   with_activation(norm.activation, [&](auto activation) {
     auto walk = start;
     while (walk.inside()) {
-      Unit<T, V> grads[loads_each<V>], inputs[loads_each<V>], residuals[loads_each<V>] = {};
-      int64_t at[loads_each<V>];
+      Unit<T, V> grads[loads_each<T, V>], inputs[loads_each<T, V>], residuals[loads_each<T, V>] = {};
+      int64_t at[loads_each<T, V>];
 #pragma unroll
-      for (int i = 0; i < loads_each<V>; ++i) {
+      for (int i = 0; i < loads_each<T, V>; ++i) {
         at[i] = walk.inside() ? walk.at : -1;
         const int64_t place = max(at[i], int64_t(0));
         grads[i] = load_unit<V>(grad_output + place, at[i] >= 0);
@@ -38,7 +39,7 @@ __device__ __forceinline__ void for_each_unit(const Walk<V, ChannelsLast>& start
         walk.advance(s);
       }
 #pragma unroll
-      for (int i = 0; i < loads_each<V>; ++i) {
+      for (int i = 0; i < loads_each<T, V>; ++i) {
         if (at[i] < 0) break;
         A g[V], d[V];
 #pragma unroll
