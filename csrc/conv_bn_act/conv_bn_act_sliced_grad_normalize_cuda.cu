@@ -15,6 +15,9 @@ namespace {
 // Loads of a thread at once, from each image: what registers allow.
 template <typename T, int V>
 constexpr int loads_each = V == 8 || sizeof(T) == 8 ? 1 : 2;
+// Of a multiprocessor: the compiler's own choice, but for double, which it would squeeze until it spills.
+template <typename T>
+constexpr int blocks_wanted = sizeof(T) == 8 ? 1 : 0;
 
 // body(at, g, d) for each of a thread's units; g and d have V values. The first three numbers of a channel:
 // mean, scale, bias.
@@ -56,7 +59,7 @@ __device__ __forceinline__ void for_each_unit(const Walk<V, ChannelsLast>& start
 }
 
 template <typename T, int V, bool ChannelsLast>
-__global__ void __launch_bounds__(slice_threads)
+__global__ void __launch_bounds__(slice_threads, blocks_wanted<T>)
     conv_bn_act_sliced_grad_sums_kernel(const T* __restrict__ grad_output,  // (N, C, H, W)
                                         BatchNorm<T> norm,
                                         const accumulate_t<T>* __restrict__ mean,      // (C)
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(slice_threads)
 }
 
 template <typename T, int V, bool ChannelsLast>
-__global__ void __launch_bounds__(slice_threads)
+__global__ void __launch_bounds__(slice_threads, blocks_wanted<T>)
     conv_bn_act_sliced_grad_input_kernel(const T* __restrict__ grad_output,  // (N, C, H, W)
                                          BatchNorm<T> norm,
                                          const accumulate_t<T>* __restrict__ mean,         // (C)
