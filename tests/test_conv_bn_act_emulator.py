@@ -58,7 +58,7 @@ class Problem:
             return values.to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
         self.dtype, self.activation, self.count = dtype, activation, shape[0] * shape[2] * shape[3]
-        self.center = abs(center) + 1
+        self.center = max(abs(center), 1.0)
         self.input, self.grad = image(center), image()
         self.residual = image() if residual else None
         exact = exact_type(dtype)
