@@ -66,11 +66,38 @@ class Chain:
         return " + ".join(part for part in parts if part)
 
 
+class _Proxy(fx.Proxy):
+    """``a += b`` writes to a, where torch.fx by itself would make it ``a = a + b``."""
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "imatmul",
+    "iand",
+    "ior",
+    "ixor",
+):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Of one module's forward; its children are leaves."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 def find_chains(
@@ -221,10 +248,10 @@ def run_chain(
 def _is_ordinary(norm: nn.BatchNorm2d, conv: nn.Module, input: torch.Tensor) -> bool:
     numbers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return (
-        norm.num_features == conv.out_channels
+        input.shape[1] == conv.in_channels  # else PyTorch's own error
+        and norm.num_features == conv.out_channels
         and (norm.running_mean is not None or not norm.track_running_stats)
         and all(t is None or (type(t) in PLAIN and t.device == input.device) for t in numbers)
-        # else PyTorch's own error
         and (not norm.training or input.shape[0] * input.shape[2] * input.shape[3] > 1)
     )
 

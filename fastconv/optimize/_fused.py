@@ -53,6 +53,8 @@ class Forward:
             attributes.update(dict.fromkeys(own, _Unknown()))
             name = "original_forward" if isinstance(module, Fused) else "forward"
             graph, self.chains = find_chains(module, before.get(LEFT, ()), name)
+            if attributes.keys() != before.keys() or any(attributes[n] is not v for n, v in self.constants):
+                self.chains, self.obstacle = [], "its forward writes to the module's attributes"
         except Exception as error:  # whatever a forward may raise that is given a proxy
             self.obstacle = f"its forward cannot be traced: {type(error).__name__}: {error}"
         finally:  # also what the forward itself has written
