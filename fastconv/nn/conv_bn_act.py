@@ -78,6 +78,11 @@ class ConvBNAct(nn.Sequential):
         self.activation = activation
         self.backend = backend
 
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A layer, or some of them as a plain container."""
+        layers = list(self._modules.values())[index]
+        return nn.Sequential(*layers) if isinstance(index, slice) else layers
+
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         conv, norm, *rest = self
         if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or any(map(is_watched, self)):

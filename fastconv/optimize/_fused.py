@@ -42,18 +42,20 @@ class Forward:
     def __init__(self, module: nn.Module) -> None:
         attributes = vars(module)
         self.count = len(attributes)
-        self.constants = [(name, value) for name, value in attributes.items() if is_constant(value)]
+        # What steers the forward: constants among the attributes, and of objects what tracing looks at.
+        self.constants = [((name,), value) for name, value in attributes.items() if is_constant(value)]
         self.children = _children(module)
         self.call: Callable[..., Any] | None = None
         self.chains: list[Chain] = []
         self.obstacle: str | None = None
         before = dict(attributes)
-        own = before.keys() - _OF_EVERY_MODULE - dict(self.constants).keys()
+        own = [name for name in before if name not in _OF_EVERY_MODULE and not is_constant(before[name])]
         try:
-            attributes.update(dict.fromkeys(own, _Unknown()))
+            attributes.update({name: _watched(before[name], (name,), self.constants) for name in own})
             name = "original_forward" if isinstance(module, Fused) else "forward"
             graph, self.chains = find_chains(module, before.get(LEFT, ()), name)
-            if attributes.keys() != before.keys() or any(attributes[n] is not v for n, v in self.constants):
+            written = (n for n, v in before.items() if n not in own and attributes.get(n, self) is not v)
+            if attributes.keys() != before.keys() or any(written):
                 self.chains, self.obstacle = [], "its forward writes to the module's attributes"
         except Exception as error:  # whatever a forward may raise that is given a proxy
             self.obstacle = f"its forward cannot be traced: {type(error).__name__}: {error}"
@@ -68,13 +70,38 @@ class Forward:
         attributes = vars(module)
         return (
             len(attributes) == self.count
-            and all(_same(attributes.get(name, self), value) for name, value in self.constants)
+            and all(_same(_find(attributes, path), value) for path, value in self.constants)
             and _children(module) == self.children
         )
 
 
-class _Unknown:
-    """In the place of an attribute that may change: a forward that looks at it cannot be traced."""
+def _watched(real: Any, path: tuple[str, ...], seen: list[tuple[tuple[str, ...], Any]]) -> Any:
+    """Stands for an object while a forward is traced: its constants may be read, and are noted; nothing else.
+
+    A forward that does more with it, such as to iterate, cannot be traced.
+    """
+
+    def refuse(self: Any, *_: Any) -> Any:
+        raise TypeError(f"it depends on self.{'.'.join(path)}, which may change")
+
+    def read(self: Any, name: str) -> Any:
+        value = getattr(real, name)
+        if not is_constant(value):
+            return _watched(value, (*path, name), seen)
+        seen.append(((*path, name), value))
+        return value
+
+    refused = dict.fromkeys(("__bool__", "__eq__", "__hash__", "__setattr__"), refuse)
+    kind = {"__getattr__": read, "__class__": property(lambda self: type(real)), **refused}
+    return type("Watched", (), kind)()
+
+
+def _find(attributes: dict[str, Any], path: tuple[str, ...]) -> Any:
+    name, *rest = path
+    found = attributes.get(name, _find)  # which is the same as nothing
+    for name in rest:
+        found = getattr(found, name, _find)
+    return found
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
