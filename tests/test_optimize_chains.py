@@ -237,9 +237,9 @@ def test_attributes_that_steer_the_forward(calls):
     assert {activation for activation, _ in calls} == {"relu", None}
 
 
-@pytest.mark.parametrize("read", [
-    lambda value: value[0], lambda value: value["a"], bool, len, list, lambda value: value == 1, lambda value: value()
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "read", [bool, len, list, lambda v: v[0], lambda v: v["a"], lambda v: v == 1, lambda v: v()]
+)
 def test_objects_that_may_change_inside_are_not_traced(calls, read):
     def body(self, x):
         x = self.bn1(self.conv1(x))

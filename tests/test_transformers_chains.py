@@ -23,13 +23,13 @@ NETWORKS = {
     "regnet": (
         "RegNetModel", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "groups_width": 4}
     ),
-    "mobilenet_v1": ("MobileNetV1Model", {"depth_multiplier": 0.25}),
-    "mobilenet_v2": ("MobileNetV2Model", {"depth_multiplier": 0.25}),
+    "mobilenet_v1": ("MobileNetV1Model", {"depth_multiplier": 0.25, "tf_padding": False}),
+    "mobilenet_v2": ("MobileNetV2Model", {"depth_multiplier": 0.25, "tf_padding": False}),
     "convnext": ("ConvNextModel", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}),
     "segformer": ("SegformerForSemanticSegmentation", {
         "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16],
         "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2],
-        "decoder_hidden_size": 16,
+        "decoder_hidden_size": 16, "drop_path_rate": 0.0,
     }),
 }  # fmt: skip
 
