@@ -46,7 +46,7 @@ CHAINS = {
     "resnet_bottleneck": 1 + 3 * 3 + 2,
     "regnet": 1 + 3 * 3 + 2,
     "mobilenet_v1": 1 + 2 * 13,
-    "mobilenet_v2": 3 + 3 * 16,
+    "mobilenet_v2": 3 + 3 * 16 + 1,
     "convnext": 0,
     "segformer": 0,  # its head iterates over its input
 }
