@@ -308,6 +308,7 @@ BAD = {
     "input of rank 3": ({"input": IMAGE[0]}, ValueError, "input", "4 dimensions"),
     "a pair too few": ({"offsets": PAIRS[:1]}, ValueError, "offsets", "(2, 2)", "(1, 2)"),
     "offsets of floats": ({"offsets": torch.zeros(2, 2)}, TypeError, "offsets", "integers", "float32"),
+    "offsets of bools": ({"offsets": [(True, False), (1, 0)]}, TypeError, "offsets[0]", "(True, False)"),
     "a weight with taps": ({"weight": torch.zeros(3, 2, 3, 3)}, ValueError, "weight", "(M, 2, 1, 1)", "3, 3"),
     "a weight of other channels": (
         {"weight": torch.zeros(3, 4, 1, 1)},
