@@ -71,6 +71,11 @@ def runs(op: str, *, own: bool = False) -> list[Run]:
     ]
 
 
+def of_each_backend(which: list[Run]) -> list[Run]:
+    """The first run of each: for what an algorithm has no part in."""
+    return list({run.backend: run for run in reversed(which)}.values())
+
+
 def points(
     which: list[Run],
     *,
