@@ -30,16 +30,21 @@ struct Image {
   int64_t pixel_stride() const { return channels_last ? channels : 1; }
 };
 
-// Whether a batch of such images is stored past the caches: where reading their lines before they are
-// overwritten would cost more than the next reader gains from those that are still in the L3 cache. Vectors
-// start at multiples of `step` values.
+// Whether so many bytes are stored past the caches: where reading their lines before they are overwritten
+// would cost more than the next reader gains from those that are still in the L3 cache. Whole lines alone can
+// be: vectors of this size, from the start of a line on.
+inline bool stores_past_caches(const void* target, int64_t bytes, int64_t least_bytes = 4 << 20) {
+  constexpr int64_t cache_line = 64;
+  return vector_bytes == cache_line && bytes > least_bytes &&
+         reinterpret_cast<uintptr_t>(target) % cache_line == 0;
+}
+
+// The same of a batch of images, whose vectors start at multiples of `step` values.
 template <typename T>
 bool stores_past_caches(const Image<T>& image, int64_t batch, int64_t step, int64_t least_bytes = 4 << 20) {
-  constexpr int64_t cache_line = 64;
   const int64_t bytes = batch * image.channels * image.height * image.width * int64_t(sizeof(T));
-  return std::is_same_v<T, float> && vector_bytes == cache_line && image.channels_last &&
-         bytes > least_bytes && step % lanes_of<float> == 0 &&
-         reinterpret_cast<uintptr_t>(image.data) % cache_line == 0;
+  return std::is_same_v<T, float> && image.channels_last && step % lanes_of<float> == 0 &&
+         stores_past_caches(image.data, bytes, least_bytes);
 }
 
 // Which channel of an image lane l of a block reads: (first + l) * step / divide + offset.

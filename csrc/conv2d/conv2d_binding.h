@@ -109,11 +109,14 @@ struct Conv2dCudaVariant {
   int64_t (*grad_weight_workspace)(const Conv2dShape&);
   bool (*grad_weight)(const T*, const T*, T*, T*, accumulate_t<T>*, const Conv2dShape&, void*);
 };
-template <typename T>
-struct ConvTranspose2dCudaVariant {
+// Of an operator whose gradients are others' kernels; a kernel that does not serve a shape returns false.
+template <typename... Arguments>
+struct CudaForward {
   const char* name;
-  bool (*forward)(const T*, const T*, const T*, T*, const Conv2dShape&, void*);
+  bool (*forward)(Arguments...);
 };
+template <typename T>
+using ConvTranspose2dCudaVariant = CudaForward<const T*, const T*, const T*, T*, const Conv2dShape&, void*>;
 
 #define FASTCONV_CONV2D_CPU_ROW(variant)                                               \
   {#variant, conv2d_##variant##_packed_size<T>, conv2d_##variant##_pack_weight_cpu<T>, \

@@ -35,16 +35,12 @@ template <typename T>
 void run(Cuda, const std::optional<std::string>& algorithm, const Tensor& input, const int64_t* offsets,
          const Tensor& weight, const std::optional<Tensor>& packed, const Conv2dEpilogue<T>& epilogue,
          const Tensor& output, const Conv2dShape& shape) {
-  struct Variant {
-    const char* name;
-    decltype(&shift_conv2d_im2col_forward_cuda<T>) forward;
-  };
-  const std::vector<Variant> variants = {{"implicit_gemm", shift_conv2d_implicit_gemm_forward_cuda<T>},
-                                         {"im2col", shift_conv2d_im2col_forward_cuda<T>},
-                                         {"plain", shift_conv2d_plain_forward_cuda<T>}};
+  const std::vector variants = {CudaForward{"implicit_gemm", shift_conv2d_implicit_gemm_forward_cuda<T>},
+                                CudaForward{"im2col", shift_conv2d_im2col_forward_cuda<T>},
+                                CudaForward{"plain", shift_conv2d_plain_forward_cuda<T>}};
   Cuda::check_not_packed(packed);
   const Tensor dense = as_contiguous(weight);
-  Cuda::run(algorithm, variants, [&](const Variant& variant) {
+  Cuda::run(algorithm, variants, [&](const auto& variant) {
     return variant.forward(const_data<T>(input), offsets, const_data<T>(dense), epilogue,
                            mutable_data<T>(output), shape, stream_of(input));
   });

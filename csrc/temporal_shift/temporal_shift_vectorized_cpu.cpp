@@ -131,9 +131,7 @@ void shift_bytes(const char* input, char* output, const TemporalShiftShape& s, P
     for (int run = 0; run < 3; ++run) masks[seam][run] = row.mask(seam, run);
   const int64_t size = s.frame_size();
   const bool scatters =
-      (row.whole_vectors || s.rows == 1) &&
-      stores_past_caches(Image<float>{reinterpret_cast<float*>(output), s.length / 4, s.rows, s.frames, true},
-                         1, 0, most_cached_bytes);
+      (row.whole_vectors || s.rows == 1) && stores_past_caches(output, s.frames * size, most_cached_bytes);
   // A tile is a few rows, or a part of one.
   const int64_t rows = std::max<int64_t>(1, tile_bytes / s.length), part = std::min(tile_bytes, s.length);
   const int64_t tall = (s.rows + rows - 1) / rows, wide = (s.length + part - 1) / part;
