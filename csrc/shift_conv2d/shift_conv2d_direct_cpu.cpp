@@ -17,7 +17,7 @@
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t part_bytes = 2 << 20;  // of images that are convolved, and then shifted
+constexpr int64_t part_bytes = 1 << 20;  // of images that are convolved, and then shifted
 
 template <typename T>
 MoveRow rows_of_input(const int64_t* offsets, const Conv2dShape& s) {
