@@ -77,6 +77,79 @@ def test_nan_and_infinity_propagate(case, value, layout, run):
 
 
 LEAST, MOST = -(2**63), 2**63 - 1
+OWN_GRADIENTS = pytest.mark.skipif(DEVICE != "cpu", reason="of C++ kernels")
+
+
+def backward_operands(given, case, *needed):
+    tensors = given.tensors["input"], given.tensors["weight"]
+    return given.grad_output, *tensors, case.shift, case.operands(tensors, None)[5], *needed
+
+
+@OWN_GRADIENTS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *MIXED,
+        Case((5, 65, 40, 41), 20, bias=False),  # two images at a time
+        Case((3, 70, 61, 65), 66, offsets="scattered", stride=2),  # more than a part takes; two panels
+    ],
+    ids=str,
+)
+def test_backward_operator(case, dtype):
+    """Against the reference; and those that are needed alone have the same bits."""
+    given = cached_problem(case, dtype, "channels_last", grad_output="channels_last")
+    backward = torch.ops.fastconv.shift_conv2d_backward
+    grads = backward(*backward_operands(given, case, True, True, True))
+    for name, grad in zip(case.names, grads):
+        if name in given.expected:
+            assert_close(grad, given.expected[name], dtype, case.terms[name], name=name)
+    for needed in [(True, False, False), (False, True, False), (False, True, True), (False, False, True)]:
+        alone = backward(*backward_operands(given, case, *needed))
+        for grad, whole, need in zip(alone, grads, needed):
+            assert torch.equal(grad, whole) if need else grad.shape == (0,)
+
+
+@OWN_GRADIENTS
+@pytest.mark.parametrize("offset", [(LEAST, 0), (0, MOST), (LEAST, MOST), (4, -6), (-5, 5)], ids=str)
+def test_backward_operator_far_away(offset):
+    input, weight = torch.randn(2, 3, 5, 6, dtype=torch.float64), torch.randn(4, 3, 1, 1, dtype=torch.float64)
+    input, offsets = input.to(memory_format=torch.channels_last), torch.tensor([offset] * 3)
+    leaves = [input.requires_grad_(), weight.requires_grad_()]
+    expected = torch.autograd.grad(shift_conv2d_reference(input, offsets, weight).sum(), leaves)
+    actual = torch.autograd.grad(shift_conv2d(input, offsets, weight, backend="cpu").sum(), leaves)
+    torch.testing.assert_close(actual, expected)
+
+
+@OWN_GRADIENTS
+@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+def test_opcheck_of_backward(needed):
+    case = Case((2, 9, 4, 5), 3, stride=(1, 2))
+    given = problem(case, torch.float64, "channels_last", grad_output="channels_last")
+    grad_output, input, weight, *rest = backward_operands(given, case, *needed)
+    leaves = [t.detach().requires_grad_() for t in (grad_output, input, weight)]
+    torch.library.opcheck(torch.ops.fastconv.shift_conv2d_backward, (*leaves, *rest))
+
+
+@OWN_GRADIENTS
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("input", lambda t: t.contiguous(), "input must be channels_last"),
+        ("grad_output", lambda t: t[:, :2], "grad_output must have size 7 in dimension 1"),
+        ("grad_output", lambda t: t.double(), "grad_output must"),
+        ("offsets", lambda t: t[1:], "offsets must"),
+    ],
+)
+def test_backward_operator_refuses(name, change, words):
+    case = MIXED[0]
+    given = problem(case, torch.float32, "channels_last", grad_output="channels_last")
+    operands = dict(
+        zip(("grad_output", "input", "weight", "offsets", "stride"), backward_operands(given, case))
+    )
+    operands[name] = change(operands[name])
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.fastconv.shift_conv2d_backward(*operands.values(), True, True, True)
 
 
 @pytest.mark.parametrize("run", own, ids=str)

@@ -8,14 +8,6 @@
 namespace fastconv {
 namespace {
 
-void check_like_output(const Tensor& tensor, const Tensor& input, const Conv2dShape& shape,
-                       const char* name) {
-  check_rank(tensor, 4, name);
-  check_like(tensor, input, name);
-  const Integers expected = output_sizes(shape);
-  for (int dim = 0; dim < 4; ++dim) check_size(tensor, dim, expected[dim], name);
-}
-
 template <typename Backend>
 Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                std::optional<Tensor> packed, Integers stride, Integers padding, Integers dilation,

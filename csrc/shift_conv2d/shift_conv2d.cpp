@@ -1,6 +1,8 @@
 // Binds shift with 1x1 convolution to torch.ops.fastconv.
 #include "shift_conv2d.h"
 
+#include <tuple>
+
 #include "../conv2d/conv2d_binding.h"
 
 namespace fastconv {
@@ -46,14 +48,21 @@ void run(Cuda, const std::optional<std::string>& algorithm, const Tensor& input,
   });
 }
 
-template <typename Backend>
-Tensor forward(Tensor input, Tensor offsets, Tensor weight, std::optional<Tensor> bias,
-               std::optional<Tensor> packed, Integers stride, std::optional<std::string> activation,
-               std::optional<std::string> algorithm) {
+// Raises where the arguments do not fit together.
+Conv2dShape shape_of(const Tensor& input, const Tensor& weight, const Tensor& offsets,
+                     const Integers& stride) {
   const Conv2dShape shape = conv2d_shape(input, weight, stride, {0, 0, 0, 0}, {1, 1}, 1);
   check_offsets(offsets, shape.in_channels);
   check_size(weight, 2, 1, "weight");
   check_size(weight, 3, 1, "weight");
+  return shape;
+}
+
+template <typename Backend>
+Tensor forward(Tensor input, Tensor offsets, Tensor weight, std::optional<Tensor> bias,
+               std::optional<Tensor> packed, Integers stride, std::optional<std::string> activation,
+               std::optional<std::string> algorithm) {
+  const Conv2dShape shape = shape_of(input, weight, offsets, stride);
   check_bias(bias, input, shape.out_channels);
   const Activation parsed = parse_activation(activation);
   const Tensor output = new_tensor(output_sizes(shape), input, format_of(shape));
@@ -69,6 +78,46 @@ Tensor forward(Tensor input, Tensor offsets, Tensor weight, std::optional<Tensor
   });
   return output;
 }
+
+#if !defined(FASTCONV_EMULATOR)
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Tensor weight, Tensor offsets,
+                                            Integers stride, bool need_input, bool need_weight,
+                                            bool need_bias) {
+  const Conv2dShape shape = shape_of(input, weight, offsets, stride);
+  check_like_output(grad_output, input, shape, "grad_output");
+  STD_TORCH_CHECK(shape.channels_last, "input must be channels_last: the gradients of contiguous images are ",
+                  "those of conv2d and shift2d");
+  const Integers nothing = {0};
+  const Tensor grad_input = new_tensor(need_input ? sizes_of(input) : nothing, input,
+                                       need_input ? format_of(shape) : MemoryFormat::Contiguous);
+  const bool weight_pass = need_weight || need_bias;  // one pass over grad_output serves both
+  const Tensor grad_weight = new_tensor(weight_pass ? sizes_of(weight) : nothing, input);
+  const Tensor grad_bias = new_tensor(need_bias ? Integers{shape.out_channels} : nothing, input);
+  grad_output = as_format(grad_output, format_of(shape));
+  input = as_format(input, format_of(shape));
+  offsets = as_contiguous(offsets);
+  const Tensor dense = as_contiguous(weight);
+  dispatch_dtype(input, "input", [&](auto element) {
+    using T = decltype(element);
+    const auto* moves = const_data<int64_t>(offsets);
+    if (need_input)
+      FASTCONV_CALL_CPU(
+          shift_conv2d_direct_grad_input_cpu<T>(const_data<T>(grad_output), const_data<T>(dense), moves,
+                                                mutable_data<T>(grad_input), shape, torch_threads));
+    if (weight_pass)
+      FASTCONV_CALL_CPU(shift_conv2d_direct_grad_weight_cpu<T>(
+          const_data<T>(grad_output), const_data<T>(input), moves, mutable_data<T>(grad_weight),
+          need_bias ? mutable_data<T>(grad_bias) : nullptr, shape, torch_threads));
+  });
+  return {grad_input,
+          need_weight ? as_format(grad_weight, format_of_weight(weight)) : new_tensor(nothing, input),
+          grad_bias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) {
+  library.impl("shift_conv2d_backward", TORCH_BOX(&backward));
+}
+#endif
 
 }  // namespace
 
