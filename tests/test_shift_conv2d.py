@@ -23,6 +23,7 @@ from torch.func import vmap
 
 import fastconv
 from fastconv import conv2d, shift2d, shift2d_reference, shift_conv2d, shift_conv2d_reference
+from fastconv.ops._arguments import DTYPES
 
 OP = "shift_conv2d"
 DENSE = ["contiguous", "channels_last"]
@@ -122,6 +123,17 @@ def test_backward_operator_far_away(offset):
 
 
 @OWN_GRADIENTS
+def test_backward_operator_takes_any_stride():
+    """One output for each image, and no work for each pixel that such a stride skips."""
+    case = Case((2, 9, 5, 6), 4, stride=30)
+    given = problem(case, torch.float64, "channels_last")
+    *tensors, stride = backward_operands(given, case)
+    backward = torch.ops.fastconv.shift_conv2d_backward
+    grads = [backward(*tensors, far, True, True, True) for far in (stride, (2**31 - 1, 2**31 - 1))]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@OWN_GRADIENTS
 @pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
 def test_opcheck_of_backward(needed):
     case = Case((2, 9, 4, 5), 3, stride=(1, 2))
@@ -135,10 +147,12 @@ def test_opcheck_of_backward(needed):
 @pytest.mark.parametrize(
     "name, change, words",
     [
-        ("input", lambda t: t.contiguous(), "input must be channels_last"),
+        ("input", lambda t: t.contiguous(), "input must be channels_last and not empty"),
         ("grad_output", lambda t: t[:, :2], "grad_output must have size 7 in dimension 1"),
         ("grad_output", lambda t: t.double(), "grad_output must"),
+        ("weight", lambda t: t.expand(-1, -1, 3, 3), "weight must have size 1 in dimension 2, got 3"),
         ("offsets", lambda t: t[1:], "offsets must"),
+        ("stride", lambda _: (1, 0), "stride must be at least 1, got 0"),
     ],
 )
 def test_backward_operator_refuses(name, change, words):

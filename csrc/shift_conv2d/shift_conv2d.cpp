@@ -1,8 +1,6 @@
 // Binds shift with 1x1 convolution to torch.ops.fastconv.
 #include "shift_conv2d.h"
 
-#include <tuple>
-
 #include "../conv2d/conv2d_binding.h"
 
 namespace fastconv {
@@ -85,14 +83,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
                                             bool need_bias) {
   const Conv2dShape shape = shape_of(input, weight, offsets, stride);
   check_like_output(grad_output, input, shape, "grad_output");
-  STD_TORCH_CHECK(shape.channels_last, "input must be channels_last: the gradients of contiguous images are ",
-                  "those of conv2d and shift2d");
-  const Integers nothing = {0};
-  const Tensor grad_input = new_tensor(need_input ? sizes_of(input) : nothing, input,
-                                       need_input ? format_of(shape) : MemoryFormat::Contiguous);
-  const bool weight_pass = need_weight || need_bias;  // one pass over grad_output serves both
-  const Tensor grad_weight = new_tensor(weight_pass ? sizes_of(weight) : nothing, input);
-  const Tensor grad_bias = new_tensor(need_bias ? Integers{shape.out_channels} : nothing, input);
+  STD_TORCH_CHECK(shape.channels_last, "input must be channels_last and not empty: the gradients of other ",
+                  "images are those of conv2d and shift2d");
+  auto [grad_input, grad_weight, grad_bias] =
+      new_gradients(input, weight, format_of(shape), need_input, need_weight, need_bias);
   grad_output = as_format(grad_output, format_of(shape));
   input = as_format(input, format_of(shape));
   offsets = as_contiguous(offsets);
@@ -104,13 +98,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
       FASTCONV_CALL_CPU(
           shift_conv2d_direct_grad_input_cpu<T>(const_data<T>(grad_output), const_data<T>(dense), moves,
                                                 mutable_data<T>(grad_input), shape, torch_threads));
-    if (weight_pass)
+    if (need_weight || need_bias)
       FASTCONV_CALL_CPU(shift_conv2d_direct_grad_weight_cpu<T>(
           const_data<T>(grad_output), const_data<T>(input), moves, mutable_data<T>(grad_weight),
           need_bias ? mutable_data<T>(grad_bias) : nullptr, shape, torch_threads));
   });
-  return {grad_input,
-          need_weight ? as_format(grad_weight, format_of_weight(weight)) : new_tensor(nothing, input),
+  return {grad_input, need_weight ? as_format(grad_weight, format_of_weight(weight)) : new_tensor({0}, input),
           grad_bias};
 }
 

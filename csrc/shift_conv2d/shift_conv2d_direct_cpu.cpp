@@ -1,14 +1,16 @@
 // Shift with 1x1 convolution, C++, direct: about 192 pixels are shifted on their way into the cache.
 //
-// Formula: shift_conv2d.h. conv2d_direct_pass_cpu.h computes it; a chunk's rows come into its tile by the
-// kernel
-//   of shift2d_vectorized_cpu.cpp, row by row.
+// Formula: shift_conv2d.h. conv2d_direct_pass_cpu.h computes it; a chunk's rows come into its tile
+//   by the kernel of shift2d_vectorized_cpu.cpp, row by row.
 // Bytes: those of the 1x1 convolution without a shift; the tile stays in the L2 cache.
 // Against im2col: lanes are filters, and nothing is transposed.
 // Gradients: that of the weight moves its tiles' rows the same way, once for 64 filters; that of the input is
 //   computed for some images into a buffer that stays in the caches, and is shifted on its way out of it.
 // Limits: as conv2d_direct_cpu.cpp; contiguous images come value by value; with a stride, pixels between are
 //   shifted for nothing.
+#include <algorithm>
+#include <vector>
+
 #include "../conv2d/conv2d_direct_cpu.h"
 #include "../conv2d/conv2d_direct_grad_weight_cpu.h"
 #include "../shift2d/shift2d_rows_cpu.h"
@@ -40,13 +42,16 @@ void shift_conv2d_direct_grad_input_cpu(const T* grad_output, const T* weight, c
                                         T* grad_input, const Conv2dShape& s, ParallelFor threads) {
   const int64_t pixels = s.in_height * s.in_width, values = pixels * s.in_channels;
   const int64_t most = std::clamp<int64_t>(part_bytes / (values * int64_t(sizeof(T))), 1, s.batch);
-  const Scratch<accumulate_t<T>> packed(direct_transposed(s).packed_size<accumulate_t<T>>());
-  direct_pack(weight, packed.data(), direct_transposed(s), threads);
+  Conv2dShape part = s;
+  // A longer stride has the same one output, and more phases than there are pixels.
+  part.stride_height = std::min(s.stride_height, s.in_height);
+  part.stride_width = std::min(s.stride_width, s.in_width);
+  const Scratch<accumulate_t<T>> packed(direct_transposed(part).packed_size<accumulate_t<T>>());
+  direct_pack(weight, packed.data(), direct_transposed(part), threads);
   const Scratch<T> unmoved(most * values);
   std::vector<int64_t> opposite(offsets, offsets + 2 * s.in_channels);
   for (int64_t& offset : opposite) offset = -limited(offset, std::max(s.in_height, s.in_width));
   const MoveRow move_row = rows_of_input<T>(opposite.data(), s);
-  Conv2dShape part = s;
   for (int64_t n = 0; n < s.batch; n += most) {
     part.batch = std::min(most, s.batch - n);
     direct_convolve(grad_output + n * s.out_channels * s.out_height * s.out_width, packed.data(),
