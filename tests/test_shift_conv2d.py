@@ -134,6 +134,18 @@ def test_backward_operator_takes_any_stride():
 
 
 @OWN_GRADIENTS
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 1, 3), (1, 2, 1), (3, 1, 1)], ids=str)
+def test_gradients_of_gradients_of_few_values(size):
+    """Cut out of a channels_last image: the strides say so, and those of a dense copy may not."""
+    channels, height, width = size
+    input = torch.randn(2, 5, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    input = input[:, :channels, :height, :width].requires_grad_()
+    weight = torch.randn(2, channels, 1, 1, dtype=torch.float64, requires_grad=True)
+    offsets = torch.zeros(channels, 2, dtype=torch.int64)
+    torch.autograd.gradgradcheck(lambda *x: shift_conv2d(x[0], offsets, x[1], backend="cpu"), (input, weight))
+
+
+@OWN_GRADIENTS
 @pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
 def test_opcheck_of_backward(needed):
     case = Case((2, 9, 4, 5), 3, stride=(1, 2))

@@ -173,7 +173,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     need_input, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     needed = (need_input, need_weight, ctx.has_bias and need_bias)
     algorithm = gradients_algorithm(ctx.backend, ctx.algorithm, input, weight, ctx.stride, 1)
-    if algorithm == "direct" and input.device.type == "cpu":  # which reads and writes channels_last
+    one_value = input.shape[1:].numel() == 1  # of which a dense copy is no longer channels_last
+    if algorithm == "direct" and input.device.type == "cpu" and not one_value:  # direct: channels_last
         operands = ("cpu", grad, input, weight, offsets, ctx.stride)
         grads = conv2d.needed_gradients(lambda *flags: backward_operator(*operands, *flags), grad, needed)
         return grads[0], None, *grads[1:], *[None] * 4
