@@ -156,8 +156,10 @@ def test_folded_weights_are_made_once(monkeypatch):
         for _ in range(3):
             call_with(conv, norm, input, False)
     assert len(calls) == 1
-    call_with(conv, norm, input, False)  # a gradient may be asked for
-    assert len(calls) == 2
+    call_with(conv, norm.requires_grad_(False), input, False).sum().backward()
+    assert len(calls) == 2, "where the convolution's weight takes a gradient nothing is kept"
+    call_with(conv, norm.requires_grad_(True), input, False)
+    assert len(calls) == 2, "where the normalisation's takes one nothing is folded"
 
 
 @pytest.mark.parametrize("training", [True, False])

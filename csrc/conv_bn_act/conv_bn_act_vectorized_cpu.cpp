@@ -89,6 +89,12 @@ void normalize_contiguous(const BatchNorm<T>& norm, T* output, accumulate_t<T>* 
   });
 }
 
+// Whether the residual's gradient is g itself, not rounded: then it need not be computed again.
+template <typename T>
+bool keeps_grad(const T* grad_residual) {
+  return grad_residual && std::is_same_v<T, accumulate_t<T>>;
+}
+
 template <typename T>
 void grad_contiguous(const T* grad_output, const BatchNorm<T>& norm, const accumulate_t<T>* mean,
                      const accumulate_t<T>* variance, T* grad_input, T* grad_residual,
@@ -125,8 +131,13 @@ void grad_contiguous(const T* grad_output, const BatchNorm<T>& norm, const accum
         same.slope.value = sums.slope;
         for (int64_t n = 0; n < s.batch; ++n) {
           const int64_t plane = (n * s.channels + c) * s.pixels;
-          grad_input_run<activation>(same, grad_output + plane, norm.input + plane, at(norm.residual, plane),
-                                     grad_input + plane, s.pixels, streams);
+          if (keeps_grad<T>(grad_residual))
+            grad_input_run<Activation::none>(same, grad_residual + plane, norm.input + plane,
+                                             static_cast<const T*>(nullptr), grad_input + plane, s.pixels,
+                                             streams);
+          else
+            grad_input_run<activation>(same, grad_output + plane, norm.input + plane,
+                                       at(norm.residual, plane), grad_input + plane, s.pixels, streams);
         }
       });
     }
@@ -372,9 +383,15 @@ void grad_channels_last(const T* grad_output, const BatchNorm<T>& norm, const ac
       for (int64_t k = begin; k < end; ++k)
         for (int64_t row = 0; row < slices[k].rows; ++row) {
           const int64_t value = slices[k].first + row * slices[k].width;
-          grad_input_run<activation>(numbers.norm(), grad_output + value, norm.input + value,
-                                     at(norm.residual, value), grad_input + value, slices[k].width,
-                                     streams_runs(grad_input, s, slices[k].width));
+          const bool streams = streams_runs(grad_input, s, slices[k].width);
+          if (keeps_grad<T>(grad_residual))
+            grad_input_run<Activation::none>(numbers.norm(), grad_residual + value, norm.input + value,
+                                             static_cast<const T*>(nullptr), grad_input + value,
+                                             slices[k].width, streams);
+          else
+            grad_input_run<activation>(numbers.norm(), grad_output + value, norm.input + value,
+                                       at(norm.residual, value), grad_input + value, slices[k].width,
+                                       streams);
         }
     });
     stream_fence();

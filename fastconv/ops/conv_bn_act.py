@@ -93,8 +93,9 @@ def conv_bn_act(
     ``torch.nn.functional.batch_norm`` does. For the gradient only the input and the convolution's result are
     kept, and the residual where the activation needs it.
     Else: the running ones are folded into the convolution, ``w' = p*w``, ``b' = p*(b - running_mean) +
-    bn_bias`` with ``p = bn_weight / sqrt(running_var + eps)``. Where no gradient is needed, folded weights
-    are kept from call to call, like packed ones (:func:`fastconv.clear_packed_weights`).
+    bn_bias`` with ``p = bn_weight / sqrt(running_var + eps)``, unless a gradient of ``bn_weight`` or
+    ``bn_bias`` is needed. Where none is, folded weights are kept from call to call, like packed ones
+    (:func:`fastconv.clear_packed_weights`).
 
     Args:
         input: ``(N, C, H, W)``; float32, bfloat16, float16 (summed in float32) or float64.
@@ -129,10 +130,15 @@ def conv_bn_act(
     _check(input, weight, *numbers, training, momentum, eps, activation)
     named, backend = backend, choose(backend, None, input)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    if not training:
+    takes_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in numbers)
+    if not training and not takes_gradient:
         weight, bias = folded_weight(weight, bias, *numbers, eps)
         return _convolve(input, weight, bias, geometry, activation, residual, named)
     sums = _convolve(input, weight, bias, geometry, None, None, named)
+    if not training:  # the gradient of a folded weight would lose digits of those of bn_weight
+        return add_and_activate(
+            torch.nn.functional.batch_norm(sums, *numbers, False, 0.0, eps), residual, activation
+        )
     return batch_norm_act(
         sums, *numbers, momentum=momentum, eps=eps, activation=activation, residual=residual, backend=backend
     )
@@ -234,9 +240,10 @@ def _update(running_mean, running_var, mean, variance, momentum, sums) -> None:
     count = sums.shape[0] * sums.shape[2] * sums.shape[3]
     if running_mean is None or count == 0:
         return
-    unbiased = variance * (count / (count - 1))
-    running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-    running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    batch = [mean.detach(), variance * (count / (count - 1))]
+    running = [running_mean, running_var]
+    batch = [new if new.dtype == old.dtype else new.to(old.dtype) for new, old in zip(batch, running)]
+    torch._foreach_lerp_(running, batch, momentum)
 
 
 def _sum_type(tensor: torch.Tensor) -> torch.dtype:
