@@ -65,6 +65,33 @@ def test_hooks_and_other_layers_run_one_by_one():
     torch.testing.assert_close(module(x), torch.relu(module[1](module[0](x))))
 
 
+@pytest.mark.parametrize("change", [
+    lambda m: m.__setitem__(2, nn.Tanh()), lambda m: m.append(nn.Sigmoid()), lambda m: m.pop(2),
+    lambda m: m.__setitem__(2, nn.GELU("tanh")), lambda m: m.__setitem__(0, nn.Conv2d(4, 4, 1)),
+])  # fmt: skip
+def test_changed_layers_count(change):
+    module = ConvBNAct(4, 4).eval()
+    change(module)
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(module(x), nn.Sequential(*module)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_failed_call_counts_no_batch():
+    module = ConvBNAct(4, 4, kernel_size=9, padding=0)
+    with pytest.raises((ValueError, RuntimeError)):
+        module(torch.randn(2, 4, 5, 5))
+    assert module[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("residual", [(2, 4, 1, 1), (1, 4, 5, 5), (4, 5, 5), (5, 5)])
+def test_a_residual_is_broadcast_and_promoted(residual):
+    module = ConvBNAct(4, 4).eval()
+    x, single = torch.randn(2, 4, 5, 5), torch.randn(residual)
+    for r in (single, single.double()):
+        wanted = torch.relu(module[:2](x) + r)
+        torch.testing.assert_close(module(x, r), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_copies_text_and_errors():
     module = ConvBNAct(4, 4, backend="reference").to(DEVICE).eval()
     x = torch.randn(2, 4, 5, 5, device=DEVICE)
@@ -80,5 +107,5 @@ def test_copies_text_and_errors():
 def test_optimize_leaves_its_layers_alone():
     module = nn.Sequential(ConvBNAct(4, 4)).to(DEVICE)
     fastconv.optimize(module)
-    assert type(module[0]) is ConvBNAct and type(module[0][0]) is nn.Conv2d
+    assert type(module) is nn.Sequential and type(module[0]) is ConvBNAct and type(module[0][0]) is nn.Conv2d
     assert "part of a ConvBNAct" in str(fastconv.report(module))

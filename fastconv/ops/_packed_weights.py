@@ -53,6 +53,8 @@ class _Facts:
         step = max(count // SAMPLES, 1)
         while math.gcd(step, count) > 1:  # or all might be of one tap
             step -= 1
+        if tensor.dim() == 1:  # running averages: PyTorch does not raise their version
+            step = 1
         words = (_WORDS[tensor.element_size()] * count).from_address(self.pointer)
         self.samples = memoryview(words)[::step]  # read only after the checks of `hold`
         self.values = self.samples.tobytes()
@@ -130,6 +132,7 @@ def _can_be_kept(weight: torch.Tensor) -> bool:
     return (
         _limit > 0
         and type(weight) in PLAIN
+        and weight.device.type == "cpu"  # whose memory can be looked at
         and weight.layout == torch.strided
         and not weight.is_inference()  # these have no version
         and not weight.is_neg()

@@ -177,9 +177,10 @@ def batch_norm_act(
         )
         return add_and_activate(output, residual, activation)
     if backend == "reference":
-        mean = input.mean((0, 2, 3))
-        variance = (input - mean[:, None, None]).square().mean((0, 2, 3))
-        output = normalized(input, mean, variance, weight, bias, eps, activation, residual)
+        exact = input.to(_sum_type(input))
+        mean = exact.mean((0, 2, 3))
+        variance = (exact - mean[:, None, None]).square().mean((0, 2, 3))
+        output = normalized(exact, mean, variance, weight, bias, eps, activation, residual).to(input.dtype)
         output = as_memory_format(output, memory_format_of(input))
     else:
         exact = _sum_type(input)

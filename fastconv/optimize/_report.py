@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._format import count, milliseconds, rich_table, shape, text_table
-from ._fused import ChainReport, Fused, candidates, forward_of, rows_of
+from ._chains import ChainReport, Fused, rows_of
 from ._trial import Parity
 
 SWAPPED_FROM = "_fastconv_swapped_from"  # on a swapped module: the class that it had
@@ -73,8 +73,7 @@ class Report:
     Attributes:
         rows: a :class:`LayerReport` for each layer.
         parity: the whole model against the original; None without an ``example_input`` or a winner.
-        chains: a :class:`ChainReport` for each chain of layers that one call runs, and for each module whose
-            forward cannot be traced.
+        chains: a :class:`ChainReport` for each chain of layers that one call runs.
     """
 
     rows: list[LayerReport]
@@ -185,12 +184,8 @@ class Report:
         return lines
 
     def _chain_remarks(self) -> list[str]:
-        lines = [
-            f"{number} x one call for {chain} of {kind}"
-            for (chain, kind), number in Counter((c.chain, c.type) for c in self.chains if c.layers).items()
-        ]
-        obstacles = Counter((c.type, c.obstacle) for c in self.chains if c.obstacle)
-        return lines + [f"{number} x {kind}: {reason}" for (kind, reason), number in obstacles.items()]
+        chains = Counter(chain.chain for chain in self.chains)
+        return [f"{number} x {chain}: in one call" for chain, number in chains.items()]
 
     def below(self) -> list[str]:
         """The lines below the table."""
@@ -234,5 +229,5 @@ def report(model: nn.Module) -> Report:
             rows.append(LayerReport(name, type(module).__name__, matched=True, reason="not optimized"))
         elif is_layer(module):
             rows.append(LayerReport(name, type(module).__name__, reason=why_no_rule(module)))
-    fused = ((name, module) for name, module in candidates(model) if isinstance(module, Fused))
-    return Report(rows, chains=[row for name, m in fused for row in rows_of(name, m, forward_of(m))])
+    fused = ((name, module) for name, module in model.named_modules() if isinstance(module, Fused))
+    return Report(rows, chains=[row for name, module in fused for row in rows_of(name, module)])

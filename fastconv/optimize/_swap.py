@@ -16,7 +16,7 @@ from ..cost import is_layer
 from ..nn import ConvBNAct
 from ..nn._rules import Rule, check_backend, rule_for, rules
 from ..ops._packed_weights import clear_packed_weights
-from ._fused import fuse_chains, unfuse
+from ._chains import fuse_chains, unfuse
 from ._graph import restore_graph
 from ._report import EACH_CALL, REPORTS, SWAPPED_FROM, LayerReport, Report
 from ._trial import Call, Facts, LayerTrial, Run, bare, parity, rounding_noise, run, watch
@@ -172,7 +172,7 @@ def _optimize(
         for module in winners:
             _swap(module, candidates[module], backend)
         report.parity = parity(original, noisy, run(model, example_input))
-        if report.parity.holds and any(chain.layers for chain in report.chains):
+        if report.parity.holds and report.chains:
             found = _run_without_gradient(model, example_input)  # chains fold their weights there
             other = parity(without_gradient, noisy_without_gradient, found)
             report.parity = report.parity if other.holds else other
