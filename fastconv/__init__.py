@@ -6,6 +6,7 @@ from .cost import cost
 from .ops._packed_weights import clear_packed_weights, set_packed_weights_limit
 from .ops.channel_shuffle import channel_shuffle, channel_shuffle_reference
 from .ops.conv2d import conv2d, conv2d_reference
+from .ops.conv_bn_act import conv_bn_act, conv_bn_act_reference
 from .ops.conv_transpose2d import conv_transpose2d, conv_transpose2d_reference
 from .ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from .ops.group_conv2d_shuffle import group_conv2d_shuffle, group_conv2d_shuffle_reference
@@ -27,6 +28,8 @@ __all__ = [
     "clear_packed_weights",
     "conv2d",
     "conv2d_reference",
+    "conv_bn_act",
+    "conv_bn_act_reference",
     "conv_transpose2d",
     "conv_transpose2d_reference",
     "cost",

@@ -75,3 +75,26 @@ def activate(x, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION is None, "unknown activation")
     return x
+
+
+@triton.jit
+def activation_gradient(grad, x, ACTIVATION: tl.constexpr):
+    """grad * activation'(x): 0 at the kinks, and where the slope is 0 whatever grad is."""
+    if ACTIVATION == "relu":
+        grad = tl.where(x <= 0, 0.0, grad)
+    elif ACTIVATION == "relu6":
+        grad = tl.where((x <= 0) | (x >= 6), 0.0, grad)
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        grad = grad * (0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density)
+    elif ACTIVATION == "gelu_tanh":
+        # gate is (1 + tanh(u)) / 2, so 2 * gate * (1 - gate) is (1 - tanh(u)^2) / 2.
+        gate = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+        grad = grad * (gate + 2.0 * x * gate * (1.0 - gate) * slope)
+    elif ACTIVATION == "silu":
+        gate = tl.sigmoid(x)
+        grad = grad * (gate * (1.0 + x * (1.0 - gate)))
+    else:
+        tl.static_assert(ACTIVATION is None, "unknown activation")
+    return grad

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,23 +71,60 @@ def runs(op: str, *, own: bool = False) -> list[Run]:
     ]
 
 
-def for_runs(
+def of_each_backend(which: list[Run]) -> list[Run]:
+    """The first run of each: for what an algorithm has no part in."""
+    return list({run.backend: run for run in reversed(which)}.values())
+
+
+def points(
     which: list[Run],
     *,
     where: Callable[..., bool] = lambda run, **_: True,
+    cover: Sequence[str] | None = None,
     **axes: tuple[Iterable, Iterable],
-) -> pytest.MarkDecorator:
+) -> list[tuple]:
+    """The arguments of a test: for each run those of a grid that there are, see :func:`for_runs`."""
+    found = []
+    for number, run in enumerate(which):
+        grid = itertools.product(*(few if run.slow else many for many, few in axes.values()))
+        served = [point for point in grid if where(run, **dict(zip(axes, point)))]
+        if cover is not None:
+            start = number * len(served) // len(which)  # so that runs differ in what they combine
+            served = _covering(served[start:] + served[:start], list(axes), cover)
+        found += [(run, *point) for point in served]
+    return found
+
+
+def _covering(grid: list[tuple], names: list[str], cover: Sequence[str]) -> list[tuple]:
+    """The next point is always the one with the most that is new, then with what was seen least often."""
+
+    def parts(point: tuple, covered: Iterable[str]) -> set[tuple]:
+        return {(axes, *(point[names.index(name)] for name in axes.split())) for axes in covered}
+
+    left = set().union(*(parts(point, cover) for point in grid))
+    seen, chosen = collections.Counter(), []
+    while left:
+        best = max(grid, key=lambda p: (len(parts(p, cover) & left), -sum(seen[v] for v in parts(p, names))))
+        chosen.append(best)
+        left -= parts(best, cover)
+        seen.update(parts(best, names))
+    return chosen
+
+
+def for_runs(which: list[Run], **keywords) -> pytest.MarkDecorator:
     """Parametrises a test by ``run`` and further arguments, each given as (values, values for slow runs).
 
-    ``where(run, **arguments)`` says which points of this grid there are.
+    ``where(run, **arguments)`` says which points of this grid there are. With ``cover`` not all are
+    taken, but for each run a few in which every combination of the named arguments is found: of
+    ``cover=["dtype layout", "case"]``, all types in all layouts, and all cases, in one or another of these.
     """
-    values = [
-        (run, *point)
-        for run in which
-        for point in itertools.product(*(few if run.slow else many for many, few in axes.values()))
-        if where(run, **dict(zip(axes, point)))
-    ]
-    return pytest.mark.parametrize(["run", *axes], values, ids=lambda v: str(v).removeprefix("torch."))
+    return parametrized(
+        [name for name in keywords if name not in ("where", "cover")], points(which, **keywords)
+    )
+
+
+def parametrized(names: Iterable[str], found: list[tuple]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(["run", *names], found, ids=lambda v: str(v).removeprefix("torch."))
 
 
 # How an (N, C, H, W) tensor may lie in memory: layout(make, shape), where make(shape) gives the values.

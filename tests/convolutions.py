@@ -16,7 +16,7 @@ from tolerances import assert_close
 import fastconv
 from fastconv.backends import CHOICES
 from fastconv.ops._activation import FROM_OUTPUT
-from fastconv.ops._arguments import padding_sides, pair
+from fastconv.ops._arguments import output_size, padding_sides, pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,11 @@ class Convolution:
 
     @property
     def output(self) -> tuple[int, ...]:
-        shape = self.call(fastconv.conv2d_reference, [self.empty(self.input), self.empty(self.weight)]).shape
-        return tuple(shape)
+        stride, (top, bottom, left, right), dilation, _ = self.geometry
+        sizes = map(output_size, self.input[2:], self.kernel, stride, (top + bottom, left + right), dilation)
+        return self.input[0], self.filters, *sizes
 
-    @property
+    @functools.cached_property
     def terms(self) -> dict[str, int]:
         """In each sum of the output and of the gradients."""
         taps, places = math.prod(self.kernel), math.prod(self.output) // self.filters
@@ -136,7 +137,7 @@ class Transposed(Convolution):
         )
         return self.input[0], self.filters, *sizes
 
-    @property
+    @functools.cached_property
     def terms(self) -> dict[str, int]:
         taps, places = math.prod(self.kernel), self.input[0] * math.prod(self.input[2:])
         sums = {"output": self.weight[0] // self.groups * taps + 1, "input": self.weight[1] * taps}

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cases import DEVICE, LAYOUTS, for_runs, runs, zeros_beyond_32_bits
+from cases import DEVICE, LAYOUTS, for_runs, of_each_backend, runs, zeros_beyond_32_bits
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -90,6 +90,7 @@ def test_channels(channels, layout, run):
     layout=(DENSE, DENSE),
     channels=([(12, 3), (240, 3), (96, 32), (35, 5)], [(12, 3)]),
     size=(SHAPES, SHAPES[:2]),
+    cover=["dtype layout channels", "size layout", "size dtype", "size channels"],
     where=lambda run, dtype, **_: run.serves(dtype),  # test_backends.py holds which
 )
 def test_dtypes_and_sizes(size, channels, layout, dtype, run):
@@ -151,8 +152,8 @@ def test_strides_are_the_fakes(shape, layout, run):
 def test_gradcheck(layout, run):
     input = LAYOUTS[layout](numbers, (1, 6, 1, 2)).requires_grad_()
     f = functools.partial(channel_shuffle, groups=3, **run.keywords)
-    assert torch.autograd.gradcheck(f, input)
-    assert torch.autograd.gradgradcheck(f, input)
+    assert torch.autograd.gradcheck(f, input, fast_mode=run.slow)
+    assert torch.autograd.gradgradcheck(f, input, fast_mode=run.slow)
 
 
 @each_run
@@ -178,8 +179,7 @@ def test_opcheck(layout, run):
     torch.library.opcheck(run.operator(OP), (input, 3, run.algorithm))
 
 
-@each_run
-@pytest.mark.parametrize("layout", DENSE)
+@for_runs(of_each_backend(runs(OP)), layout=(DENSE, DENSE))
 def test_compile_and_export(layout, run):
     f = functools.partial(channel_shuffle, groups=2, **run.keywords)
     torch._dynamo.reset()

@@ -201,7 +201,7 @@ def test_compare(folder, here, options):
     assert status == 0, out + errors
     mode = "training" if "--train" in options else "inference"
     assert f"{mode} (forward" in out and "batch 4, 1 threads" in out
-    assert "no kernel for BatchNorm2d yet" in out
+    assert "BatchNorm2d + ReLU: in one call" in out
     assert f"of the kernel, {'forward and backward' if '--train' in options else 'forward'}; ratio:" in out
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["input_size"] == [4, 3, 16, 16] and list(figures["modes"]) == [mode]

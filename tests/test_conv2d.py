@@ -37,7 +37,7 @@ NEEDS = list(itertools.product((False, True), repeat=3))  # a gradient of input,
 # A gradient of some of input, weight, bias and residual.
 SOME = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (1, 1, 0, 1)]
 own = runs(OP, own=True)
-compiled = [run for run in runs(OP) if not run.stands_in]
+compiled = [run for run in own if not run.stands_in]
 
 
 Case = Convolution
@@ -230,7 +230,13 @@ def test_beyond_the_caches(case, layout, run):
     check(run, case, cached_problem(case, dtype_for(run), layout, grad_output=layout, residual=layout))
 
 
-@each(runs(OP), case=(MIXED, SMALL), dtype=(DTYPES, DTYPES), layout=(DENSE, DENSE))
+@each(
+    runs(OP),
+    case=(MIXED, SMALL),
+    dtype=(DTYPES, DTYPES),
+    layout=(DENSE, DENSE),
+    cover=["dtype layout", "dtype case", "case layout"],
+)
 def test_dtypes(case, dtype, layout, run):
     check(run, case, cached_problem(case, dtype, layout, grad_output=layout))
 
@@ -240,13 +246,14 @@ def test_dtypes(case, dtype, layout, run):
     case=(MIXED, SMALL[1:]),
     activation=(ACTIVATIONS, ["relu6", "gelu"]),
     layout=(DENSE, ["channels_last"]),
+    cover=["activation layout", "case layout"],
 )
 def test_activations(case, activation, layout, run):
     case = case.replace(activation=activation)
     check(run, case, cached_problem(case, dtype_for(run), layout))
 
 
-@each(runs(OP), case=(MIXED, SMALL[2:]), layout=(LAYOUTS, LAYOUTS))
+@each(runs(OP), case=(MIXED, SMALL[2:]), layout=(LAYOUTS, LAYOUTS), cover=["layout", "case"])
 def test_layouts_of_input(case, layout, run):
     check(run, case, cached_problem(case, dtype_for(run), layout))
 
@@ -256,6 +263,7 @@ def test_layouts_of_input(case, layout, run):
     case=(MIXED, SMALL[2:]),
     layout=(DENSE, ["channels_last"]),
     other=([*list(LAYOUTS)[1::3], "stepped", "expanded_pixels"], ["contiguous", "expanded_pixels"]),
+    cover=["layout other", "case"],
 )
 def test_layouts_of_the_others(case, layout, other, run):
     given = cached_problem(case, dtype_for(run), layout, weight=other, residual=other, grad_output=other)
@@ -273,7 +281,7 @@ def test_layouts_of_bias(run):
             assert_close(actual, expected, torch.float32, 6)
 
 
-@each(runs(OP), case=(MIXED, SMALL[2:]), layout=(LAYOUTS, LAYOUTS))
+@each(runs(OP), case=(MIXED, SMALL[2:]), layout=(LAYOUTS, LAYOUTS), cover=["layout", "case"])
 def test_memory_format(case, layout, run):
     """Output has the input's memory format, dense, whatever the strides of the input and the weight."""
     given = cached_problem(case, dtype_for(run), layout)
@@ -290,6 +298,7 @@ def test_memory_format(case, layout, run):
     own,
     layout=([*DENSE, "channels_last_channel_slice", "stepped", "expanded_channels"], ["channels_last"]),
     case=([*MIXED, *AMBIGUOUS], [SMALL[2], *AMBIGUOUS[:2]]),
+    cover=["layout", "case"],
 )
 def test_strides_are_the_fakes(case, layout, run):
     """torch.compile plans memory by the fake's strides, and crashes on others."""
@@ -312,6 +321,7 @@ def test_strides_are_the_fakes(case, layout, run):
     case=(MIXED, SMALL[2:]),
     needed=(SOME, [(1, 0, 1, 0)]),
     activation=([None, "silu"], [None]),
+    cover=["needed activation", "needed case"],
 )
 def test_only_needed_gradients(case, needed, activation, run):
     case = case.replace(activation=activation)
@@ -327,7 +337,13 @@ def test_only_needed_gradients(case, needed, activation, run):
             assert leaf.grad is None
 
 
-@each(own, case=(MIXED, SMALL[2:]), layout=(DENSE, ["channels_last"]), needed=(NEEDS, NEEDS[3::4]))
+@each(
+    own,
+    case=(MIXED, SMALL[2:]),
+    layout=(DENSE, ["channels_last"]),
+    needed=(NEEDS, NEEDS[3::4]),
+    cover=["needed layout", "needed case"],
+)
 def test_backward_operator_computes_what_is_needed(case, layout, needed, run):
     given = cached_problem(case, dtype_for(run, torch.float64), layout)
     input, weight = given.tensors["input"], given.tensors["weight"]
@@ -363,6 +379,7 @@ def test_same_bits_twice_and_for_any_thread_count(case, layout, run, threads):
     case=([*MIXED, Case((1, 3, 24, 23), 4, padding=1)], SMALL),
     layout=(DENSE, DENSE),
     value=([math.nan, math.inf, -math.inf], [math.nan, -math.inf]),
+    cover=["case layout", "case value", "value layout"],
 )
 def test_nan_and_infinity_propagate(case, value, layout, run):
     """To the outputs whose window holds the pixel, from a border too, and to no other; as PyTorch's do."""

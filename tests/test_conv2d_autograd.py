@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import DEVICE, LAYOUTS, runs
+from cases import DEVICE, LAYOUTS, of_each_backend, runs
 from convolutions import Convolution, Shifted, Shuffled, Transposed
 from tolerances import assert_close
 from torch.func import grad, vmap
@@ -246,8 +246,8 @@ def samples():
         CASES[6].replace(activation="silu"),
         CASES[8],
     ):
-        of_backend = {r.backend: r for r in reversed(runs(case.op, own=True)) if not r.slow}
-        for run, sample in itertools.product(of_backend.values(), SAMPLES):
+        compiled = [run for run in runs(case.op, own=True) if not run.slow]
+        for run, sample in itertools.product(of_each_backend(compiled), SAMPLES):
             if case.serves(run, torch.float64, sample[0]):
                 found.append((run, case, sample))
     return pytest.mark.parametrize("run, case, sample", found, ids=str)

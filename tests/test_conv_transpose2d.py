@@ -34,11 +34,9 @@ from fastconv.ops._operator import memory_format_of
 OP = "conv_transpose2d"
 DENSE = ["contiguous", "channels_last"]
 own = runs(OP, own=True)
+compiled = [run for run in own if not run.stands_in]
 each_own_run = pytest.mark.parametrize("run", own, ids=str)
-
-
 Case = Transposed
-
 GEOMETRY = [
     # kernels of 1x1 and 3x3, strides of 1
     Case((2, 3, 5, 7), 4, (1, 1)),
@@ -142,8 +140,7 @@ def test_every_run_has_cases():
 # PyTorch's own crashes where nothing is left of what padding takes away; there is always something here.
 @pytest.mark.parametrize("case", [*GEOMETRY, *MIXED], ids=str)
 def test_reference_is_pytorchs_transposed_convolution(case):
-    given = cached_problem(case, torch.float64)
-    leaves = leaves_of(case, given)
+    leaves = leaves_of(case, given := cached_problem(case, torch.float64))
     output = case.call(torch.nn.functional.conv_transpose2d, leaves)
     grads = torch.autograd.grad(output, [t for t in leaves if t is not None], given.grad_output)
     for (name, value), actual in zip(given.expected.items(), (output, *grads), strict=True):
@@ -178,26 +175,28 @@ def test_edges_of_blocks(case, layout, run):
     check(run, case, cached_problem(case, dtype_for(run), layout, grad_output=layout))
 
 
-@each([run for run in runs(OP) if not run.stands_in], case=(LARGE, []), layout=(DENSE, []))
+@each(compiled, case=(LARGE, []), layout=(DENSE, []))
 def test_several_blocks(case, layout, run):
     check(run, case, cached_problem(case, dtype_for(run), layout, grad_output=layout))
 
 
-@each(
-    [run for run in runs(OP) if not run.stands_in and run.algorithm != "plain"],
-    case=(HUGE, []),
-    layout=(["channels_last"], []),
-)
+@each([run for run in compiled if run.algorithm != "plain"], case=(HUGE, []), layout=(DENSE[1:], []))
 def test_beyond_the_caches(case, layout, run):
     check(run, case, cached_problem(case, dtype_for(run), layout, grad_output=layout))
 
 
-@each(runs(OP), case=(MIXED, SMALL), dtype=(DTYPES, DTYPES), layout=(DENSE, ["channels_last"]))
+@each(
+    runs(OP),
+    case=(MIXED, SMALL),
+    dtype=(DTYPES, DTYPES),
+    layout=(DENSE, DENSE[1:]),
+    cover=["dtype layout", "dtype case", "case layout"],
+)
 def test_dtypes(case, dtype, layout, run):
     check(run, case, cached_problem(case, dtype, layout, grad_output=layout))
 
 
-@each(runs(OP), case=(MIXED, SMALL[2:]), layout=(LAYOUTS, LAYOUTS))
+@each(runs(OP), case=(MIXED, SMALL[2:]), layout=(LAYOUTS, LAYOUTS), cover=["layout", "case"])
 def test_layouts(case, layout, run):
     """Of the input; and the output has its memory format, whatever the weight's."""
     given = cached_problem(case, dtype_for(run), layout)
@@ -216,6 +215,7 @@ def test_layouts(case, layout, run):
     case=(MIXED, SMALL[2:]),
     layout=(DENSE, ["channels_last"]),
     other=([*list(LAYOUTS)[1::3], "stepped", "expanded_pixels"], ["expanded_pixels"]),
+    cover=["layout other", "case"],
 )
 def test_layouts_of_the_others(case, layout, other, run):
     check(run, case, cached_problem(case, dtype_for(run), layout, weight=other, grad_output=other))
@@ -225,6 +225,7 @@ def test_layouts_of_the_others(case, layout, other, run):
     own,
     layout=(LAYOUTS, ["contiguous", "channels_last_channel_slice"]),
     case=([*MIXED, *AMBIGUOUS], [SMALL[2], AMBIGUOUS[0]]),
+    cover=["layout", "case"],
 )
 def test_strides_are_the_fakes(case, layout, run):
     """torch.compile plans memory by the fake's strides, and crashes on others."""
@@ -243,6 +244,7 @@ def test_strides_are_the_fakes(case, layout, run):
     case=(MIXED, SMALL[2:]),
     layout=(DENSE, ["channels_last"]),
     needed=(list(itertools.product((False, True), repeat=3))[1:], [(True, False, True)]),
+    cover=["needed case", "needed layout"],
 )
 def test_only_needed_gradients(case, layout, needed, run):
     given = cached_problem(case, dtype_for(run, torch.float64), layout)
@@ -269,8 +271,7 @@ def test_same_bits_twice_and_for_any_thread_count(case, layout, run, threads):
     first = bits()
     for count in (1, 2, 3):
         threads(count)
-        for a, b in zip(first, bits()):
-            assert torch.equal(a, b)
+        assert all(torch.equal(a, b) for a, b in zip(first, bits()))
 
 
 @each(
@@ -278,6 +279,7 @@ def test_same_bits_twice_and_for_any_thread_count(case, layout, run, threads):
     case=(MIXED, SMALL[:1]),
     layout=(DENSE, DENSE),
     value=([math.nan, math.inf, -math.inf], [math.nan, -math.inf]),
+    cover=["case layout", "case value", "value layout"],
 )
 def test_nan_and_infinity_propagate(case, value, layout, run):
     """To the outputs that the pixel reaches, and to no other."""

@@ -23,9 +23,8 @@ from fastconv.ops._operator import memory_format_of
 
 OP = "depthwise_conv2d"
 each_run = pytest.mark.parametrize("run", runs(OP), ids=str)
+compiled = [run for run in runs(OP, own=True) if not run.stands_in]
 each_own_run = pytest.mark.parametrize("run", runs(OP, own=True), ids=str)
-
-
 DENSE = ["contiguous", "channels_last"]
 NEEDS = list(itertools.product((False, True), repeat=3))  # a gradient of input, weight, bias
 
@@ -251,7 +250,7 @@ def test_geometry(case, run):
     check(run, case, cached_problem(case, torch.float64))
 
 
-@for_runs([run for run in runs(OP) if not run.stands_in], case=(GEOMETRY, []))
+@for_runs(compiled, case=(GEOMETRY, []))
 def test_geometry_of_blocks_of_channels(case, run):
     """As many channels as vectors have lanes, and two more: read where they lie."""
     batch, channels, *size = case.input
@@ -271,7 +270,7 @@ HUGE = [
 ]
 
 
-@for_runs([run for run in runs(OP) if not run.stands_in], case=(HUGE, []))
+@for_runs([run for run in compiled if run.algorithm != "plain"], case=(HUGE, []))
 def test_beyond_the_caches(case, run):
     check(run, case, cached_problem(case, torch.float32, "channels_last", grad_output="channels_last"))
 
@@ -291,6 +290,7 @@ def test_several_tiles(case, layout, run):
     dtype=(DTYPES, DTYPES),
     layout=(DENSE, DENSE),
     case=(DTYPE_CASES, [SMALL]),
+    cover=["dtype layout", "dtype case", "case layout"],
     where=lambda run, dtype, **_: run.serves(dtype),  # test_backends.py holds which
 )
 def test_dtypes(case, layout, run, dtype):
@@ -302,6 +302,7 @@ def test_dtypes(case, layout, run, dtype):
     activation=(ACTIVATIONS, ACTIVATIONS),
     dtype=([torch.float64, torch.float16], [torch.float16]),
     layout=(DENSE, ["channels_last"]),
+    cover=["activation layout", "activation dtype", "dtype layout"],
 )
 def test_activations(activation, dtype, layout, run):
     case = (SMALL if run.slow else MIXED)._replace(activation=activation)
@@ -360,6 +361,7 @@ def test_memory_format(layout, run):
     runs(OP, own=True),
     layout=(LAYOUTS, ["contiguous", "channels_last", "channels_last_channel_slice"]),
     case=([MIXED, *AMBIGUOUS], [SMALL, *AMBIGUOUS[:2]]),
+    cover=["layout", "case"],
 )
 def test_strides_are_the_fakes(case, layout, run):
     """torch.compile plans memory by the fake's strides, and crashes on others."""
@@ -410,7 +412,7 @@ def test_backward_operator_computes_what_is_needed(needed, run):
 @each_own_run
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_same_bits_twice_and_for_any_thread_count(layout, run, threads):
-    case = FEW_EDGES[0] if run.stands_in else LARGE[0]._replace(activation=None)
+    case = SMALL if run.slow else FEW_EDGES[0] if run.stands_in else LARGE[0]._replace(activation=None)
     *arguments, grad_output = cached_problem(case, torch.float32, layout, grad_output=layout).tensors
 
     def bits():
@@ -421,8 +423,7 @@ def test_same_bits_twice_and_for_any_thread_count(layout, run, threads):
     first = bits()
     for count in (1, 2, 3):
         threads(count)
-        for a, b in zip(first, bits()):
-            assert torch.equal(a, b)
+        assert all(torch.equal(a, b) for a, b in zip(first, bits()))
 
 
 @for_runs(
@@ -430,6 +431,7 @@ def test_same_bits_twice_and_for_any_thread_count(layout, run, threads):
     layout=(DENSE, DENSE),
     activation=(ACTIVATIONS, [None, "relu6"]),
     value=([math.nan, math.inf, -math.inf], [math.nan, -math.inf]),
+    cover=["activation value", "activation layout", "value layout"],
 )
 def test_nan_and_infinity_propagate(value, activation, layout, run):
     """As in PyTorch: to the outputs whose window holds the pixel, from a border too, and to no other."""

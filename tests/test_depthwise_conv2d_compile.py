@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cases import DEVICE, LAYOUTS, for_runs, runs
+from cases import DEVICE, LAYOUTS, for_runs, of_each_backend, runs
 from tolerances import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -16,8 +16,7 @@ from fastconv import depthwise_conv2d, depthwise_conv2d_reference
 
 OP = "depthwise_conv2d"
 each_own_run = pytest.mark.parametrize("run", runs(OP, own=True), ids=str)
-# Compiling takes seconds: one algorithm of each backend.
-one_algorithm = list({run.backend: run for run in reversed(runs(OP, own=True))}.values())
+one_algorithm = of_each_backend(runs(OP, own=True))  # compiling takes seconds
 each_backend = for_runs(one_algorithm)
 GEOMETRY = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "activation": "silu"}
 

@@ -175,34 +175,43 @@ BACKWARD_BAD = {
 }
 
 
+def forward(run, **changes):
+    arguments = {**good(), **GEOMETRY, "activation": None, "algorithm": run.algorithm, **changes}
+    return run.operator(OP)(*arguments.values())
+
+
+def backward(run, **changes):
+    arguments = {
+        "grad_output": torch.randn(2, 6, 5, 7, device=DEVICE),
+        **good(),
+        **GEOMETRY,
+        "algorithm": run.algorithm,
+        "need": True,
+        **changes,
+    }
+    del arguments["bias"]
+    *rest, need = arguments.values()
+    return run.operator(f"{OP}_backward")(*rest, need, need, need)
+
+
+@each_own_run
+def test_operators_take_what_is_good(run):
+    forward(run)
+    backward(run)
+
+
 @each_own_run
 @pytest.mark.parametrize("changes", FORWARD_BAD.values(), ids=FORWARD_BAD)
 def test_forward_operator_refuses(changes, run):
-    arguments = {**good(), **GEOMETRY, "activation": None, "algorithm": run.algorithm}
-    run.operator(OP)(*arguments.values())
     with pytest.raises((RuntimeError, ValueError, TypeError)):
-        run.operator(OP)(*{**arguments, **on_device(changes)}.values())
+        forward(run, **on_device(changes))
 
 
 @each_own_run
 @pytest.mark.parametrize("changes", BACKWARD_BAD.values(), ids=BACKWARD_BAD)
 def test_backward_operator_refuses(changes, run):
-    arguments = {
-        "grad_output": torch.randn(2, 6, 5, 7, device=DEVICE),
-        **{k: v for k, v in good().items() if k != "bias"},
-        **GEOMETRY,
-        "algorithm": run.algorithm,
-        "need": True,
-    }
-    changes = {k: v for k, v in changes.items() if k != "bias"}
-
-    def call(arguments):
-        *rest, need = arguments.values()
-        return run.operator(f"{OP}_backward")(*rest, need, need, need)
-
-    call(arguments)
     with pytest.raises((RuntimeError, ValueError, TypeError)):
-        call({**arguments, **on_device(changes)})
+        backward(run, **on_device(changes))
 
 
 @pytest.mark.parametrize("backend", [b for b in ("cuda", "emulator") if b in available(OP, DEVICE)])

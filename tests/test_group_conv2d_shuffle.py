@@ -1,4 +1,4 @@
-"""group_conv2d_shuffle: every backend and algorithm that can run here against the reference in float64."""
+"""group_conv2d_shuffle: what it does not share with others; its arithmetic is in test_conv2d_folded.py."""
 
 from __future__ import annotations
 
@@ -18,76 +18,18 @@ from convolutions import (
     each,
     leaves_of,
     problem,
-    serves,
 )
+from folded import SHUFFLED
 from tolerances import assert_close
-from torch._subclasses import FakeTensorMode
 
 import fastconv
 from fastconv import channel_shuffle, conv2d, group_conv2d_shuffle
-from fastconv.ops._activation import ACTIVATIONS
-from fastconv.ops._arguments import DTYPES
-from fastconv.ops._operator import memory_format_of
 
 OP = "group_conv2d_shuffle"
 DENSE = ["contiguous", "channels_last"]
 own = runs(OP, own=True)
-compiled = [run for run in runs(OP) if not run.stands_in]
 Case = Shuffled
-
-ONE_BY_ONE = [
-    Case((2, 6, 5, 7), 9, (1, 1), groups=3),
-    Case((1, 8, 4, 3), 4, (1, 1), groups=2, bias=False),
-    Case((1, 8, 3, 3), 8, (1, 1), groups=8),  # a channel and a filter each: the shuffle is the identity
-    Case((1, 5, 3, 4), 7, (1, 1)),  # one group: nothing to shuffle
-    Case((2, 12, 1, 1), 20, (1, 1), groups=4),
-    Case((1, 16, 9, 8), 48, (1, 1), groups=2, activation="relu"),
-    Case((0, 4, 3, 3), 8, (1, 1), groups=2),
-    Case((1, 6, 7, 9), 6, (1, 1), stride=2, groups=2),
-    Case((1, 6, 4, 3), 9, (1, 1), padding=1, groups=3),
-]
-GEOMETRY = [
-    *ONE_BY_ONE,
-    Case((2, 6, 5, 6), 9, padding=1, groups=3),
-    Case((1, 4, 7, 8), 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=2),
-    Case((1, 8, 6, 5), 12, (1, 3), (1, 2), (0, 1), groups=4, activation="silu"),
-    Case((2, 6, 7, 6), 4, (4, 2), padding="same", groups=2),
-    Case((1, 16, 5, 6), 32, padding=1, groups=2),
-    Case((1, 24, 4, 5), 48, (1, 1), groups=3, bias=False),
-    Case((2, 16, 3, 4), 16, (3, 2), stride=(2, 1), padding=(1, 2), groups=2),
-]
-# Around the widths of vectors, blocks and tiles.
-EDGES = [
-    *(
-        Case((1, 3 * c, 3, 5), 3 * m, (1, 1), groups=3)
-        for c, m in ((1, 5), (7, 6), (16, 7), (17, 12), (33, 13))
-    ),
-    *(Case((1, 2 * c, 4, 4), 2 * m, (1, 1), groups=2) for c, m in ((15, 8), (8, 15), (31, 16), (16, 33))),
-    *(Case((1, 4, 1, w), 6, (1, 1), groups=2) for w in (7, 15, 16, 17, 31, 63, 64, 65, 129)),
-    *(Case((2, 9, 7, w), 15, (1, 1), groups=3) for w in (8, 9, 10)),
-    Case((1, 5120, 2, 3), 4, (1, 1), groups=1),
-]
-LARGE = [  # several tiles each way
-    Case((2, 240, 14, 15), 60, (1, 1), groups=3),
-    Case((1, 384, 9, 11), 96, (1, 1), groups=8, activation="silu"),
-    Case((2, 64, 29, 33), 96, padding=1, groups=4),
-]
-MIXED = [
-    Case((2, 6, 9, 7), 4, (3, 2), stride=(2, 1), padding=(1, 2), groups=2),
-    Case((2, 6, 4, 6), 9, (1, 1), groups=3),
-    Case((2, 16, 5, 4), 32, (1, 1), groups=2),
-]
-SMALL = [
-    Case((1, 4, 3, 4), 6, (3, 2), stride=(2, 1), padding=(1, 2), groups=2),
-    Case((1, 6, 2, 3), 9, (1, 1), groups=3),
-]
-FEW = [*SMALL, *ONE_BY_ONE[:5], Case((1, 64, 2, 2), 64, (1, 1), groups=2)]
-
-
-def test_every_run_has_cases():
-    for run in runs(OP):
-        served = [serves(run, case, layout) for case in (FEW if run.slow else GEOMETRY) for layout in DENSE]
-        assert sum(served) >= 8, f"{run} serves {sum(served)} cases"
+GEOMETRY, MIXED, SMALL = SHUFFLED.geometry, SHUFFLED.mixed, SHUFFLED.small
 
 
 @pytest.mark.parametrize("case", GEOMETRY, ids=str)
@@ -103,45 +45,7 @@ def test_reference_is_pytorchs_convolution_and_shuffle(case):
     assert_close(case.call(theirs, leaves_of(case, given)), given.expected["output"], torch.float64, 1000)
 
 
-# Every kernel against the reference.
-
-
-@each(runs(OP), case=(GEOMETRY, FEW), layout=(DENSE, ["channels_last"]))
-def test_geometry(case, layout, run):
-    check(run, case, cached_problem(case, dtype_for(run, torch.float64), layout, grad_output=layout))
-
-
-@each(runs(OP), case=(EDGES, []), layout=(DENSE, []))
-def test_edges_of_blocks(case, layout, run):
-    check(run, case, cached_problem(case, dtype_for(run), layout, grad_output=layout))
-
-
-@each(compiled, case=(LARGE, []), layout=(DENSE, []), dtype=(DTYPES, []))
-def test_several_blocks(case, dtype, layout, run):
-    check(run, case, cached_problem(case, dtype, layout, grad_output=layout))
-
-
-@each(runs(OP), case=(MIXED, SMALL), dtype=(DTYPES, DTYPES), layout=(DENSE, DENSE))
-def test_dtypes(case, dtype, layout, run):
-    check(run, case, cached_problem(case, dtype, layout, grad_output=layout))
-
-
-@each(
-    runs(OP), case=(MIXED, SMALL[1:]), activation=(ACTIVATIONS, ["relu6", "gelu"]), layout=(DENSE, DENSE[1:])
-)
-def test_activations(case, activation, layout, run):
-    case = case.replace(activation=activation)
-    check(run, case, cached_problem(case, dtype_for(run), layout))
-
-
-@each(runs(OP), case=(MIXED, SMALL[1:]), layout=(LAYOUTS, LAYOUTS))
-def test_layouts_and_memory_format(case, layout, run):
-    """Whatever the strides; the output is dense, in the input's memory format."""
-    given = cached_problem(case, dtype_for(run), layout, weight="stepped", grad_output="expanded_pixels")
-    check(run, case, given)
-    output = case.call(group_conv2d_shuffle, [given.tensors.get(name) for name in case.names], **run.keywords)
-    expected = memory_format_of(given.tensors["input"])
-    assert output.stride() == torch.empty(output.shape, memory_format=expected).stride()
+# Every kernel.
 
 
 @each(
@@ -166,36 +70,6 @@ def test_nan_and_infinity_propagate(case, value, layout, run):
     tensors = [given.tensors.get(name) for name in case.names]
     expected = case.call(case.reference, [t if t is None else t.double() for t in tensors])
     check_not_finite(run, case, case.call(group_conv2d_shuffle, tensors, **run.keywords), expected)
-
-
-@each(own, case=([LARGE[0], MIXED[0]], SMALL[1:]), layout=(DENSE, DENSE))
-def test_same_bits_for_any_thread_count(case, layout, run, threads):
-    case = MIXED[0] if run.stands_in else case
-    if not serves(run, case, layout):
-        case = MIXED[2]
-    given = cached_problem(case, dtype_for(run), layout, grad_output=layout)
-
-    def bits():
-        leaves = leaves_of(case, given)
-        output = case.call(group_conv2d_shuffle, leaves, **run.keywords)
-        return output, *torch.autograd.grad(output, leaves, given.grad_output)
-
-    first = bits()
-    for count in (1, 2, 3):
-        threads(count)
-        assert all(torch.equal(a, b) for a, b in zip(first, bits()))
-
-
-@each(own, case=(MIXED, SMALL[1:]), needed=([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)], [(0, 1, 0)]))
-def test_only_needed_gradients(case, needed, run):
-    given = cached_problem(case, dtype_for(run, torch.float64))
-    leaves = [t.requires_grad_(bool(need)) for t, need in zip(leaves_of(case, given), needed)]
-    case.call(group_conv2d_shuffle, leaves, **run.keywords).backward(given.grad_output)
-    for leaf, need, name in zip(leaves, needed, case.names):
-        assert (leaf.grad is not None) == bool(need)
-        if need:
-            dtype, terms = given.grad_output.dtype, case.terms[name]
-            assert_close(leaf.grad, given.expected[name], dtype, terms, name=name)
 
 
 @st.composite
@@ -234,24 +108,6 @@ def test_any_shape(run):
 
 
 # What the operator does beside the arithmetic; its gradients' gradients are in test_conv2d_autograd.py.
-
-
-@each(
-    own,
-    layout=([*DENSE, "channels_last_channel_slice", "expanded_channels"], ["channels_last"]),
-    case=([MIXED[2], ONE_BY_ONE[2], Case((0, 6, 3, 4), 6, (1, 1), groups=2)], [SMALL[1]]),
-)
-def test_strides_are_the_fakes(case, layout, run):
-    """torch.compile plans memory by the fake's strides, and crashes on others."""
-    tensors, *_ = problem(case, dtype_for(run), layout)
-    mode = FakeTensorMode()
-
-    def output(convert):
-        given = [convert(tensors[name]) for name in case.names]
-        return run.operator(OP)(*case.operands(given, run.algorithm))
-
-    real, fake = output(lambda t: t), output(mode.from_tensor)
-    assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the emulator")

@@ -405,7 +405,8 @@ def test_report_prints(times):
     line = next(line for line in text.splitlines() if line.startswith("3 "))
     for word in ("Conv2d", "2x8x12x12", "reference", "2000.000", "1000.000", "2.00x", "5.18 k", "25"):
         assert word in line, word
-    assert "1 x Dropout" not in text and "1 x BatchNorm2d: no kernel for BatchNorm2d yet" in text
+    assert "1 x Dropout" not in text and "no kernel for BatchNorm2d" not in text
+    assert "1 x Conv2d + BatchNorm2d + ReLU: in one call" in text
     assert "3 swapped" in text and "whole model: outputs differ by" in text
     found = row(model, "3")
     assert found.macs == 2 * 8 * 9 * 36 and found.timed_macs == 3 * found.macs

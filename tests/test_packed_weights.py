@@ -37,9 +37,9 @@ def packs(monkeypatch):
     """The shapes of the weights that were packed to be kept."""
     seen, pack = [], store._pack
 
-    def watched(key, weight):
+    def watched(name, weight, *arguments):
         seen.append(tuple(weight.shape))
-        return pack(key, weight)
+        return pack(name, weight, *arguments)
 
     monkeypatch.setattr(store, "_pack", watched)
     return seen
@@ -66,7 +66,7 @@ def fresh(layer, x):
 
 
 def consistent():
-    return store._total == sum(kept.packed.nbytes for kept in store._kept.values())
+    return store._total == sum(kept.bytes for kept in store._kept.values())
 
 
 # Use
@@ -119,7 +119,7 @@ def test_every_sample_and_no_other_value_is_compared(packs, op):
     infer(layer, x)
     (kept,) = store._kept.values()
     values = layer.weight.data.view(-1)
-    step = kept.samples.strides[0] // 4
+    step = kept.facts[0].samples.strides[0] // 4
     values[3 * step] += 1
     infer(layer, x)
     assert len(packs) == 2
@@ -136,9 +136,9 @@ def test_every_sample_and_no_other_value_is_compared(packs, op):
 def test_samples_are_of_every_tap_and_every_stretch(shape, memory_format):
     """What the documentation says is noticed."""
     weight = torch.empty(shape, memory_format=memory_format)
-    kept = store._Kept((), weight)
-    step, count = kept.samples.strides[0] // 4, weight.numel()
-    assert min(count, store.SAMPLES) <= len(kept.samples) <= 256 and step <= max(1, count // store.SAMPLES)
+    facts = store._Facts((), weight)
+    step, count = facts.samples.strides[0] // 4, weight.numel()
+    assert min(count, store.SAMPLES) <= len(facts.samples) <= 256 and step <= max(1, count // store.SAMPLES)
     taps = weight.copy_(torch.arange(shape[2] * shape[3]).view(1, 1, *shape[2:])).as_strided((count,), (1,))
     assert set(taps[::step].tolist()) == set(range(shape[2] * shape[3]))
 
@@ -181,7 +181,7 @@ def test_packed_in_inference_mode_used_outside():
     with torch.inference_mode():
         expected = layer(x).clone()
     (kept,) = store._kept.values()
-    assert not kept.packed.is_inference()
+    assert not kept.made.is_inference()
     leaf = x.requires_grad_()
     y = layer(leaf)
     y.sum().backward()
@@ -290,7 +290,7 @@ def test_a_step_drops_the_optimizers_own():
         layer.weight.grad = torch.zeros_like(layer.weight)
     torch.optim.SGD(layers[0].parameters(), fused=True).step()
     ((key, kept),) = store._kept.items()
-    assert kept.weight() is layers[1].weight and key[1] == "conv_transpose2d" and consistent()
+    assert kept.facts[0].tensor() is layers[1].weight and key[1] == "conv_transpose2d" and consistent()
 
 
 def test_dropped_in_the_midst_of_a_collection():

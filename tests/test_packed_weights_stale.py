@@ -149,7 +149,9 @@ def test_never_stale(op, change):
     before = infer(layer, x).clone()
     for _ in range(2):
         for kept in store._kept.values():
-            assert kept.samples.strides[0] > layer.weight.element_size(), "value 1 must not be a sample"
+            assert kept.facts[0].samples.strides[0] > layer.weight.element_size(), (
+                "value 1 must not be a sample"
+            )
         CHANGES[change](layer)
         assert torch.equal(infer(layer, x), fresh(layer, x))
         assert consistent()

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from cases import DEVICE, LAYOUTS, for_runs, global_bytes, runs, zeros_beyond_32_bits
+from cases import DEVICE, LAYOUTS, for_runs, global_bytes, of_each_backend, runs, zeros_beyond_32_bits
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +22,7 @@ OP = "shift2d"
 each_run = pytest.mark.parametrize("run", runs(OP), ids=str)
 each_own_run = pytest.mark.parametrize("run", runs(OP, own=True), ids=str)
 DENSE = ["contiguous", "channels_last"]
+SAMPLES = [*DENSE, "stepped", "channel_slice"]
 SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 LEAST, MOST = -(2**63), 2**63 - 1
 
@@ -137,6 +138,7 @@ def test_offsets_up_to_larger_than_the_image(kernel, layout, run):
     offsets=([directions, scattered], [directions]),
     channels=([9, 40, 297], [9]),
     size=(SIZES, SIZES[:2]),
+    cover=["dtype layout channels", "size layout", "size dtype", "size channels", "offsets layout dtype"],
     where=lambda run, dtype, **_: run.serves(dtype),  # test_backends.py holds which
 )
 def test_dtypes_and_sizes(size, channels, offsets, layout, dtype, run):
@@ -239,8 +241,8 @@ def test_strides_are_the_fakes(shape, layout, run):
 def test_gradcheck(layout, run):
     input = LAYOUTS[layout](numbers, (1, 3, 2, 3)).requires_grad_()
     f = functools.partial(shift2d, offsets=[(1, 0), (0, -1), (5, 5)], **run.keywords)
-    assert torch.autograd.gradcheck(f, input)
-    assert torch.autograd.gradgradcheck(f, input)
+    assert torch.autograd.gradcheck(f, input, fast_mode=run.slow)
+    assert torch.autograd.gradgradcheck(f, input, fast_mode=run.slow)
 
 
 @each_run
@@ -276,16 +278,18 @@ def test_offsets_changed_before_the_gradient_raise():
         output.sum().backward()
 
 
-@each_own_run
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped", "channel_slice"])
-@pytest.mark.parametrize("batch", [2, 0])
+@for_runs(
+    of_each_backend(runs(OP, own=True)),
+    layout=(SAMPLES, SAMPLES),
+    batch=([2, 0], [2, 0]),
+    cover=["layout", "batch"],
+)
 def test_opcheck(batch, layout, run):
     input = LAYOUTS[layout](numbers, (batch, 6, 2, 3)).detach().requires_grad_()
     torch.library.opcheck(run.operator(OP), (input, scattered(6), run.algorithm))
 
 
-@each_run
-@pytest.mark.parametrize("layout", DENSE)
+@for_runs(of_each_backend(runs(OP)), layout=(DENSE, DENSE))
 def test_compile_and_export(layout, run):
     offsets = directions(6)
 
@@ -357,6 +361,9 @@ BAD = {
     "floats": (IMAGE, [(0, 1), (1.5, 0)], TypeError, "offsets[1]", "an integer", "1.5"),
     "a tensor of floats": (IMAGE, torch.zeros(2, 2), TypeError, "offsets", "integers", "float32"),
     "a tensor of bools": (IMAGE, torch.zeros(2, 2).bool(), TypeError, "offsets", "integers", "bool"),
+    "bools": (IMAGE, [(0, 1), (True, 0)], TypeError, "offsets[1]", "integers", "(True, 0)"),
+    "an array of bools": (IMAGE, np.zeros((2, 2), bool), TypeError, "offsets[0]", "integer", "False"),
+    "tensors of bools": (IMAGE, [torch.zeros(2).bool()] * 2, TypeError, "offsets[0]", "integers", "False"),
     "a tensor without values": (IMAGE, torch.zeros(2, 2, device="meta").int(), TypeError, "offsets", "meta"),
     "a sparse tensor": (IMAGE, torch.zeros(2, 2).int().to_sparse(), TypeError, "offsets", "torch.sparse_coo"),
     "one number": (IMAGE, 1, TypeError, "offsets", "a sequence of pairs", "1"),

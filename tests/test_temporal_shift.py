@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from cases import DEVICE, LAYOUTS, for_runs, runs
+from cases import DEVICE, LAYOUTS, for_runs, of_each_backend, runs
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +22,7 @@ OP = "temporal_shift"
 each_run = pytest.mark.parametrize("run", runs(OP), ids=str)
 each_own_run = pytest.mark.parametrize("run", runs(OP, own=True), ids=str)
 DENSE = ["contiguous", "channels_last"]
+SAMPLES = [*DENSE, "stepped", "channel_slice"]
 BOTH = [False, True]
 SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -124,10 +125,10 @@ def test_folds(folds, causal, layout, run):
     causal=(BOTH, [False]),
     channels=([9, 40, 64], [9]),
     size=(SIZES, SIZES[:2]),
+    cover=["dtype layout channels", "size layout", "size dtype", "size channels", "causal layout dtype"],
+    where=lambda run, dtype, **_: run.serves(dtype),  # test_backends.py holds which
 )
 def test_dtypes_and_sizes(size, channels, causal, layout, dtype, run):
-    if not run.serves(dtype):  # test_backends.py holds which
-        return
     frames, segments, height, width = size
     input = LAYOUTS[layout](functools.partial(make, dtype=dtype), (frames, channels, height, width))
     check(run, input, segments, 4, causal)
@@ -242,8 +243,8 @@ def test_strides_are_the_fakes(shape, layout, run):
 def test_gradcheck(layout, causal, run):
     input = LAYOUTS[layout](numbers, (6, 4, 1, 2)).requires_grad_()
     f = functools.partial(temporal_shift, segments=3, fold_div=3, causal=causal, **run.keywords)
-    assert torch.autograd.gradcheck(f, input)
-    assert torch.autograd.gradgradcheck(f, input)
+    assert torch.autograd.gradcheck(f, input, fast_mode=run.slow)
+    assert torch.autograd.gradgradcheck(f, input, fast_mode=run.slow)
 
 
 @each_run
@@ -264,18 +265,19 @@ def test_vmap_and_func_grad(in_dim, run):
             assert torch.equal(a[i], e)
 
 
-@each_own_run
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped", "channel_slice"])
-@pytest.mark.parametrize("batch", [4, 0])
+@for_runs(
+    of_each_backend(runs(OP, own=True)),
+    layout=(SAMPLES, SAMPLES),
+    batch=([4, 0], [4, 0]),
+    cover=["layout", "batch"],
+)
 def test_opcheck(batch, layout, run):
     input = LAYOUTS[layout](numbers, (batch, 6, 2, 3)).detach().requires_grad_()
     for step, both in ((1, True), (-1, False)):
         torch.library.opcheck(run.operator(OP), (input, 2, 2, step, both, run.algorithm))
 
 
-@each_run
-@pytest.mark.parametrize("causal", BOTH)
-@pytest.mark.parametrize("layout", DENSE)
+@for_runs(of_each_backend(runs(OP)), layout=(DENSE, DENSE), causal=(BOTH, BOTH), cover=["layout", "causal"])
 def test_compile_and_export(layout, causal, run):
     class Layer(torch.nn.Module):
         def forward(self, x):

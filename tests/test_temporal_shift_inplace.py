@@ -8,7 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import DEVICE, LAYOUTS, for_runs, runs
+from cases import DEVICE, LAYOUTS, for_runs, of_each_backend, runs
 from test_temporal_shift import (
     BAD,
     BOTH,
@@ -59,11 +59,12 @@ def test_folds(folds, causal, layout, run):
     layout=(DENSE, DENSE),
     causal=(BOTH, [False]),
     size=(SIZES, SIZES[:2]),
+    cover=["dtype layout", "size layout", "size dtype", "causal layout dtype"],
+    where=lambda run, dtype, **_: run.serves(dtype),  # test_backends.py holds which
 )
 def test_dtypes_and_sizes(size, causal, layout, dtype, run):
-    if run.serves(dtype):
-        frames, segments, height, width = size
-        check(run, layout, (frames, 40, height, width), segments, 4, causal, dtype)
+    frames, segments, height, width = size
+    check(run, layout, (frames, 40, height, width), segments, 4, causal, dtype)
 
 
 @for_runs(runs(OP), layout=(ALONE, ALONE))
@@ -214,18 +215,19 @@ def test_transformations_raise(run):
         torch.func.jvp(lambda x: shift(x + 1), (input,), (input,))
 
 
-@each_own_run
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped", "channel_slice"])
-@pytest.mark.parametrize("batch", [4, 0])
+@for_runs(
+    of_each_backend(runs(OP, own=True)),
+    layout=([*DENSE, "stepped", "channel_slice"],) * 2,
+    batch=([4, 0], [4, 0]),
+    cover=["layout", "batch"],
+)
 def test_opcheck(batch, layout, run):
     input = LAYOUTS[layout](numbers, (batch, 6, 2, 3))
     for step, both in ((1, True), (-1, False)):
         torch.library.opcheck(run.operator("temporal_shift_"), (input, 2, 2, step, both, run.algorithm))
 
 
-@each_run
-@pytest.mark.parametrize("causal", BOTH)
-@pytest.mark.parametrize("layout", DENSE)
+@for_runs(of_each_backend(runs(OP)), layout=(DENSE, DENSE), causal=(BOTH, BOTH), cover=["layout", "causal"])
 def test_compile_and_export(layout, causal, run):
     shift = functools.partial(inplace_shift, segments=2, fold_div=4, causal=causal, **run.keywords)
 

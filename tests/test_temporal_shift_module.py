@@ -161,6 +161,24 @@ def test_state_copies_and_files():
     torch.testing.assert_close(other(x), expected)
 
 
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_copy_goes_on_from_the_last_frame(copied):
+    """Not with the graph that the frame came from."""
+    layer, first = TemporalShift(nn.Identity(), 2, causal=True), frames((1, 8, 4, 5)).requires_grad_()
+    layer.step(2 * first)
+    other = copied(layer)
+    following = frames((1, 8, 4, 5))
+    output = layer.step(following)
+    assert not other._last.requires_grad
+    assert torch.equal(other.step(following), output)
+    (grad,) = torch.autograd.grad(output.sum(), first)  # the original still has it
+    assert grad[:, 0].eq(2).all() and not grad[:, 1:].any()
+
+
 def test_what_is_remembered_moves_with_the_module():
     layer, x = TemporalShift(nn.Identity(), 2, causal=True), frames((1, 8, 4, 5))
     layer.step(x)

@@ -6,6 +6,7 @@ program takes the interpreter milliseconds, so most tests make tiles small inste
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -199,8 +200,7 @@ GROUPS = {  # (groups, channels and filters of a group): how many share a tile
 }
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("groups", GROUPS, ids=str)
+@pytest.mark.parametrize("groups, layout", zip(GROUPS, itertools.cycle(FORMATS)), ids=str)
 def test_groups(groups: tuple[int, int, int], layout: str) -> None:
     count, channels, filters = groups
     assert launch.bundle_size(*groups) == GROUPS[groups]

@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "activation.h"
@@ -41,6 +42,10 @@ void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
       STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
   }
 }
+
+// The type that sums of a kernel's values are kept in.
+template <typename T>
+constexpr ScalarType accumulate_dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
 template <typename T>
 const T* const_data(const Tensor& tensor) {
@@ -149,6 +154,17 @@ inline Tensor new_tensor(const Integers& sizes, const Tensor& like,
     for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     STD_TORCH_CHECK(false, "there is no memory for a result of shape (", shape, ")");
   }
+}
+
+// Gradients of a convolution's input, weight and bias, not initialised; of size 0 where they are not needed.
+// One pass over grad_output serves weight and bias, and needs memory for the weight's in either case.
+inline std::tuple<Tensor, Tensor, Tensor> new_gradients(const Tensor& input, const Tensor& weight,
+                                                        MemoryFormat format, bool need_input,
+                                                        bool need_weight, bool need_bias) {
+  const Integers nothing = {0};
+  return {need_input ? new_tensor(sizes_of(input), input, format) : new_tensor(nothing, input),
+          new_tensor(need_weight || need_bias ? sizes_of(weight) : nothing, input),
+          new_tensor({need_bias ? weight.size(0) : 0}, input)};
 }
 
 // A shift's rows (dh, dw), one for each channel.

@@ -257,4 +257,26 @@ inline Vector<A> activate_vector(Vector<A> x, Activation activation) {
   return x;
 }
 
+template <typename A>
+inline Vector<A> activation_gradient_vector(Vector<A> grad, Vector<A> x, Activation activation) {
+  const Vector<A> zero = broadcast(A(0));
+  if (activation == Activation::none) return grad;
+  if (activation == Activation::relu) return x <= zero ? zero : grad;
+  if (activation == Activation::relu6) return (x <= zero) | (x >= broadcast(A(6))) ? zero : grad;
+  if constexpr (std::is_same_v<A, float>) {
+    if (activation == Activation::silu) {
+      const Vector<float> gate = 1.0f / (1.0f + exponential(-x));
+      return grad * gate * (1.0f + x * (1.0f - gate));
+    }
+    if (activation == Activation::gelu_tanh) {  // x * gate, whose argument is 1.5957691216 (x + 0.044715 x^3)
+      const Vector<float> slope = 1.5957691216f * (1.0f + 0.134145f * x * x);
+      const Vector<float> gate = 1.0f / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));
+      return grad * gate * (1.0f + x * (1.0f - gate) * slope);
+    }
+  }
+  for (int lane = 0; lane < lanes_of<A>; ++lane)
+    grad[lane] = activation_gradient(A(grad[lane]), A(x[lane]), activation);
+  return grad;
+}
+
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY

@@ -8,14 +8,6 @@
 namespace fastconv {
 namespace {
 
-void check_like_output(const Tensor& tensor, const Tensor& input, const Conv2dShape& shape,
-                       const char* name) {
-  check_rank(tensor, 4, name);
-  check_like(tensor, input, name);
-  const Integers expected = output_sizes(shape);
-  for (int dim = 0; dim < 4; ++dim) check_size(tensor, dim, expected[dim], name);
-}
-
 template <typename Backend>
 Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                std::optional<Tensor> packed, Integers stride, Integers padding, Integers dilation,
@@ -47,16 +39,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
   const Conv2dShape shape = conv2d_shape(input, weight, stride, padding, dilation, groups);
   check_like_output(grad_output, input, shape, "grad_output");
 
-  const Integers nothing = {0};
-  const Tensor grad_input = new_tensor(need_input ? sizes_of(input) : nothing, input,
-                                       need_input ? format_of(shape) : MemoryFormat::Contiguous);
-  const bool weight_pass = need_weight || need_bias;  // one pass over grad_output serves both
-  Tensor grad_weight = new_tensor(weight_pass ? sizes_of(weight) : nothing, input);
-  const Tensor grad_bias = new_tensor(need_bias ? Integers{shape.out_channels} : nothing, input);
+  auto [grad_input, grad_weight, grad_bias] =
+      new_gradients(input, weight, format_of(shape), need_input, need_weight, need_bias);
   if (grad_output.numel() == 0) {  // no outputs: nothing flows back
     if (need_weight) grad_weight = new_tensor(sizes_of(weight), input, format_of_weight(weight));
     for (Tensor tensor : {grad_input, grad_weight, grad_bias}) torch::stable::zero_(tensor);
-    return {grad_input, need_weight ? grad_weight : new_tensor(nothing, input), grad_bias};
+    return {grad_input, need_weight ? grad_weight : new_tensor({0}, input), grad_bias};
   }
   grad_output = as_format(grad_output, format_of(shape));
   input = as_format(input, format_of(shape));
@@ -66,12 +54,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
     if (need_input)
       Backend::template transpose<T>(algorithm, grad_output, weight, std::nullopt, nullptr, grad_input,
                                      shape);
-    if (weight_pass)
+    if (need_weight || need_bias)
       Backend::template grad_weight<T>(algorithm, grad_output, input, grad_weight,
                                        need_bias ? mutable_data<T>(grad_bias) : nullptr, shape);
   });
-  return {grad_input,
-          need_weight ? as_format(grad_weight, format_of_weight(weight)) : new_tensor(nothing, input),
+  return {grad_input, need_weight ? as_format(grad_weight, format_of_weight(weight)) : new_tensor({0}, input),
           grad_bias};
 }
 

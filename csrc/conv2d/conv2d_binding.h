@@ -67,6 +67,14 @@ inline Integers output_sizes(const Conv2dShape& shape) {
   return {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
 }
 
+inline void check_like_output(const Tensor& tensor, const Tensor& input, const Conv2dShape& shape,
+                              const char* name) {
+  check_rank(tensor, 4, name);
+  check_like(tensor, input, name);
+  const Integers expected = output_sizes(shape);
+  for (int dim = 0; dim < 4; ++dim) check_size(tensor, dim, expected[dim], name);
+}
+
 // A bias of one value for each channel, dense.
 inline void check_bias(std::optional<Tensor>& bias, const Tensor& input, int64_t channels) {
   if (!bias) return;
@@ -187,9 +195,6 @@ std::vector<Variant> asked_for(const std::optional<std::string>& algorithm,
                     "dilation or number of groups: use another, or leave the choice open");
   STD_TORCH_CHECK(false, "no algorithm serves this layout, kernel, stride, dilation and number of groups");
 }
-
-template <typename T>
-constexpr ScalarType accumulate_dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
 // The layout of a weight and of its gradient: channels_last where it is that and not contiguous as well.
 inline MemoryFormat format_of_weight(const Tensor& weight) {

@@ -14,6 +14,7 @@
 
 #include "../common/tile.h"
 #include "conv2d_direct_cpu.h"
+#include "conv2d_direct_grad_weight_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
@@ -29,14 +30,15 @@ class DirectGradWeight {
   using A = accumulate_t<T>;
   static constexpr int64_t L = lanes_of<A>;
 
-  DirectGradWeight(const T* grad_output, const T* input, const Conv2dShape& s)
+  DirectGradWeight(const T* grad_output, const T* input, const Conv2dShape& s, const MoveRow& move_row)
       : grad_output_{grad_output, s.out_channels, s.out_height, s.out_width, s.channels_last},
         input_{input, s.in_channels, s.in_height, s.in_width, s.channels_last},
         shape_(s),
+        move_row_(move_row),
         panels_{s.out_group()} {
     const int64_t reach = (s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width + 1;
     if constexpr (std::is_same_v<T, A>) {
-      x_in_place_ = s.channels_last && s.padding_left == 0 && reach <= s.in_width;
+      x_in_place_ = s.channels_last && s.padding_left == 0 && reach <= s.in_width && !move_row;
       grad_in_place_ = s.channels_last && s.groups == 1 && s.out_channels % L == 0 && panels_.count() == 1;
     }
     tile_width_ = x_in_place_ ? s.in_width : std::max(reach, s.padding_left + s.in_width);
@@ -191,6 +193,16 @@ class DirectGradWeight {
     if constexpr (std::is_same_v<T, A>)
       if (x_in_place_) return image.data + low * image.row_stride() + item.group * channels;
     A* tile = item.x_tile;
+    if (move_row_) {
+      const Scratch<T> moved(std::is_same_v<T, A> ? 0 : width * channels);
+      for (int64_t row = low; row <= high; row += row_step(), tile += width * channels) {
+        void* to = moved.data();
+        if constexpr (std::is_same_v<T, A>) to = tile;
+        move_row_(image.data, row, to);
+        if constexpr (!std::is_same_v<T, A>) convert_run(moved.data(), tile, width * channels);
+      }
+      return item.x_tile;
+    }
     for (int64_t row = low; row <= high; row += row_step(), tile += tile_width_ * channels) {
       std::fill_n(tile, left, A(0));
       std::fill(tile + left + width * channels, tile + tile_width_ * channels, A(0));
@@ -251,6 +263,7 @@ class DirectGradWeight {
 
   Image<const T> grad_output_, input_;
   const Conv2dShape& shape_;
+  const MoveRow& move_row_;
   Panels<A> panels_;
   bool x_in_place_ = false, grad_in_place_ = false;
   int64_t tile_width_, x_pixel_;  // x_pixel_: between two pixels of x
@@ -260,9 +273,9 @@ class DirectGradWeight {
 }  // namespace
 
 template <typename T>
-void conv2d_direct_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
-                                   const Conv2dShape& s, ParallelFor threads) {
-  const DirectGradWeight<T> gradient(grad_output, input, s);
+void direct_grad_weight(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
+                        const Conv2dShape& s, const MoveRow& move_row, ParallelFor threads) {
+  const DirectGradWeight<T> gradient(grad_output, input, s, move_row);
   const Scratch<accumulate_t<T>> sums(gradient.slices() * gradient.slice_size());
   parallel_for(threads, gradient.items(),
                [&](int64_t begin, int64_t end) { gradient.compute(begin, end, sums.data()); });
@@ -271,7 +284,15 @@ void conv2d_direct_grad_weight_cpu(const T* grad_output, const T* input, T* grad
   });
 }
 
-#define FASTCONV_INSTANTIATE(T) \
+template <typename T>
+void conv2d_direct_grad_weight_cpu(const T* grad_output, const T* input, T* grad_weight, T* grad_bias,
+                                   const Conv2dShape& s, ParallelFor threads) {
+  direct_grad_weight(grad_output, input, grad_weight, grad_bias, s, {}, threads);
+}
+
+#define FASTCONV_INSTANTIATE(T)                                                                    \
+  template void direct_grad_weight(const T*, const T*, T*, T*, const Conv2dShape&, const MoveRow&, \
+                                   ParallelFor);                                                   \
   template void conv2d_direct_grad_weight_cpu(const T*, const T*, T*, T*, const Conv2dShape&, ParallelFor);
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 

@@ -179,15 +179,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
   const int64_t expected[] = {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
   for (int dim = 0; dim < 4; ++dim) check_size(grad_output, dim, expected[dim], "grad_output");
 
-  const Integers nothing = {0};
-  const Tensor grad_input = new_tensor(need_input ? sizes_of(input) : nothing, input,
-                                       need_input ? format_of(shape) : MemoryFormat::Contiguous);
-  const bool weight_pass = need_weight || need_bias;  // one pass over grad_output serves both
-  const Tensor grad_weight = new_tensor(weight_pass ? sizes_of(weight) : nothing, input);
-  const Tensor grad_bias = new_tensor(need_bias ? Integers{shape.out_channels} : nothing, input);
+  auto [grad_input, grad_weight, grad_bias] =
+      new_gradients(input, weight, format_of(shape), need_input, need_weight, need_bias);
   if (grad_output.numel() == 0) {  // no outputs: nothing flows back
     for (Tensor tensor : {grad_input, grad_weight, grad_bias}) torch::stable::zero_(tensor);
-    return {grad_input, need_weight ? grad_weight : new_tensor(nothing, input), grad_bias};
+    return {grad_input, need_weight ? grad_weight : new_tensor({0}, input), grad_bias};
   }
   grad_output = as_format(grad_output, format_of(shape));
   input = as_format(input, format_of(shape));
@@ -197,10 +193,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
     using T = decltype(element);
     Backend::backward(algorithm, const_data<T>(grad_output), const_data<T>(input), const_data<T>(weight),
                       need_input ? mutable_data<T>(grad_input) : nullptr,
-                      weight_pass ? mutable_data<T>(grad_weight) : nullptr,
+                      need_weight || need_bias ? mutable_data<T>(grad_weight) : nullptr,
                       need_bias ? mutable_data<T>(grad_bias) : nullptr, shape, input);
   });
-  return {grad_input, need_weight ? grad_weight : new_tensor(nothing, input), grad_bias};
+  return {grad_input, need_weight ? grad_weight : new_tensor({0}, input), grad_bias};
 }
 
 }  // namespace

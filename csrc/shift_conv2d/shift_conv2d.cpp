@@ -46,14 +46,21 @@ void run(Cuda, const std::optional<std::string>& algorithm, const Tensor& input,
   });
 }
 
-template <typename Backend>
-Tensor forward(Tensor input, Tensor offsets, Tensor weight, std::optional<Tensor> bias,
-               std::optional<Tensor> packed, Integers stride, std::optional<std::string> activation,
-               std::optional<std::string> algorithm) {
+// Raises where the arguments do not fit together.
+Conv2dShape shape_of(const Tensor& input, const Tensor& weight, const Tensor& offsets,
+                     const Integers& stride) {
   const Conv2dShape shape = conv2d_shape(input, weight, stride, {0, 0, 0, 0}, {1, 1}, 1);
   check_offsets(offsets, shape.in_channels);
   check_size(weight, 2, 1, "weight");
   check_size(weight, 3, 1, "weight");
+  return shape;
+}
+
+template <typename Backend>
+Tensor forward(Tensor input, Tensor offsets, Tensor weight, std::optional<Tensor> bias,
+               std::optional<Tensor> packed, Integers stride, std::optional<std::string> activation,
+               std::optional<std::string> algorithm) {
+  const Conv2dShape shape = shape_of(input, weight, offsets, stride);
   check_bias(bias, input, shape.out_channels);
   const Activation parsed = parse_activation(activation);
   const Tensor output = new_tensor(output_sizes(shape), input, format_of(shape));
@@ -69,6 +76,41 @@ Tensor forward(Tensor input, Tensor offsets, Tensor weight, std::optional<Tensor
   });
   return output;
 }
+
+#if !defined(FASTCONV_EMULATOR)
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Tensor weight, Tensor offsets,
+                                            Integers stride, bool need_input, bool need_weight,
+                                            bool need_bias) {
+  const Conv2dShape shape = shape_of(input, weight, offsets, stride);
+  check_like_output(grad_output, input, shape, "grad_output");
+  STD_TORCH_CHECK(shape.channels_last, "input must be channels_last and not empty: the gradients of other ",
+                  "images are those of conv2d and shift2d");
+  auto [grad_input, grad_weight, grad_bias] =
+      new_gradients(input, weight, format_of(shape), need_input, need_weight, need_bias);
+  grad_output = as_format(grad_output, format_of(shape));
+  input = as_format(input, format_of(shape));
+  offsets = as_contiguous(offsets);
+  const Tensor dense = as_contiguous(weight);
+  dispatch_dtype(input, "input", [&](auto element) {
+    using T = decltype(element);
+    const auto* moves = const_data<int64_t>(offsets);
+    if (need_input)
+      FASTCONV_CALL_CPU(
+          shift_conv2d_direct_grad_input_cpu<T>(const_data<T>(grad_output), const_data<T>(dense), moves,
+                                                mutable_data<T>(grad_input), shape, torch_threads));
+    if (need_weight || need_bias)
+      FASTCONV_CALL_CPU(shift_conv2d_direct_grad_weight_cpu<T>(
+          const_data<T>(grad_output), const_data<T>(input), moves, mutable_data<T>(grad_weight),
+          need_bias ? mutable_data<T>(grad_bias) : nullptr, shape, torch_threads));
+  });
+  return {grad_input, need_weight ? as_format(grad_weight, format_of_weight(weight)) : new_tensor({0}, input),
+          grad_bias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) {
+  library.impl("shift_conv2d_backward", TORCH_BOX(&backward));
+}
+#endif
 
 }  // namespace
 

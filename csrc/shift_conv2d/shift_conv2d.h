@@ -22,6 +22,19 @@ namespace fastconv {
 FASTCONV_DECLARE_CPU(FASTCONV_SHIFT_CONV2D_CPU(direct) FASTCONV_SHIFT_CONV2D_CPU(im2col)
                          FASTCONV_SHIFT_CONV2D_CPU(plain))
 
+// Gradients of channels_last images, shapes as in conv2d.h; a null grad_bias is left out.
+#define FASTCONV_SHIFT_CONV2D_GRADIENTS_CPU(variant)                                                  \
+  template <typename T>                                                                               \
+  void shift_conv2d_##variant##_grad_input_cpu(const T* grad_output, const T* weight,                 \
+                                               const int64_t* offsets, T* grad_input,                 \
+                                               const Conv2dShape& shape, ParallelFor threads);        \
+  template <typename T>                                                                               \
+  void shift_conv2d_##variant##_grad_weight_cpu(const T* grad_output, const T* input,                 \
+                                                const int64_t* offsets, T* grad_weight, T* grad_bias, \
+                                                const Conv2dShape& shape, ParallelFor threads);
+
+FASTCONV_DECLARE_CPU(FASTCONV_SHIFT_CONV2D_GRADIENTS_CPU(direct))
+
 // As conv2d.h has it: false, and nothing done, where a kernel does not serve a shape. `offsets` are in the
 // CPU's memory, and need not outlive the call.
 #define FASTCONV_SHIFT_CONV2D_CUDA(variant)                                                           \

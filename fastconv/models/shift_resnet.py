@@ -31,26 +31,27 @@ class _PlainShift2d(Shift2d):
         return torch.cat(moved, 1)
 
 
-class _PlainCSC(nn.Module):
-    """:class:`fastconv.nn.CSC` from ``torch.nn`` alone."""
+class _PlainCSC(CSC):
+    """The block from ``torch.nn`` alone: the shift is a layer of its own."""
 
     def __init__(self, channels: int, filters: int, stride: int, expansion: float) -> None:
-        super().__init__()
-        shifted = expanded(filters, expansion)
-        self.conv1 = nn.Conv2d(channels, shifted, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(shifted)
-        self.shift = _PlainShift2d(shifted)
-        self.conv2 = nn.Conv2d(shifted, filters, 1, stride, bias=False)
-        self.bn2 = nn.BatchNorm2d(filters)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels != filters:
-            self.shortcut.append(nn.Conv2d(channels, filters, 1, stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(filters))
+        super().__init__(channels, filters, stride, expansion)
+        self.shift = _PlainShift2d(self.conv2.in_channels)
+        self.conv1, self.conv2 = _plain(self.conv1), _plain(self.conv2)
+        if self.shortcut:
+            self.shortcut[0] = _plain(self.shortcut[0])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output = relu(self.bn1(self.conv1(input)), inplace=True)
         output = relu(self.bn2(self.conv2(self.shift(output))), inplace=True)
         return output + self.shortcut(input)
+
+
+def _plain(layer: nn.Conv2d) -> nn.Conv2d:
+    """A 1x1 convolution of PyTorch's class, with the weights of one of this library's."""
+    plain = nn.Conv2d(layer.in_channels, layer.out_channels, 1, layer.stride, bias=False, device="meta")
+    plain.weight = layer.weight
+    return plain
 
 
 def shift_resnet(

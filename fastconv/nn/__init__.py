@@ -3,6 +3,7 @@
 from ._rules import Rule, rule_for, rules
 from .channel_shuffle import ChannelShuffle
 from .conv2d import Conv2d
+from .conv_bn_act import ConvBNAct
 from .conv_transpose2d import ConvTranspose2d
 from .csc import CSC
 from .depthwise_conv2d import DepthwiseConv2d
@@ -15,6 +16,7 @@ __all__ = [
     "CSC",
     "ChannelShuffle",
     "Conv2d",
+    "ConvBNAct",
     "ConvTranspose2d",
     "DepthwiseConv2d",
     "GroupConv2dShuffle",

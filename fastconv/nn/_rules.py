@@ -87,6 +87,19 @@ def handlers_of(function: Callable[..., Any]) -> tuple[Handler, ...]:
     return tuple(_handlers.get(function, ()))
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_watched(module: nn.Module) -> bool:
+    """By hooks, which want to see what goes in and out; or it has a forward of its own."""
+    everywhere = nn.modules.module
+    return (
+        "forward" in vars(module)
+        or any(getattr(module, name) for name in _HOOKS)
+        or any(getattr(everywhere, f"_global{name}", None) for name in _HOOKS)
+    )
+
+
 def check_backend(backend: str | None) -> None:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -144,6 +145,13 @@ class TemporalShift(nn.Module):
     def reset(self) -> None:
         """Forgets the last frame: the next one is the first of its clip."""
         self._last = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy remembers the last frame, not the graph that it came from: PyTorch copies leaves alone."""
+        state = super().__getstate__()
+        if self._last is not None:
+            state["_buffers"] = {**self._buffers, "_last": self._last.detach()}
+        return state
 
     def _check_causal(self) -> None:
         if not self.shift.causal:

@@ -99,7 +99,7 @@ def double_backward(
     They are linear in each of the three: convolutions again. ``convolve(x, w)`` is the convolution,
     ``transpose(x, w, need)`` its gradients for ``ctx``'s grad_output, of which ``need`` names one.
     """
-    grad_output, input, weight = ctx.saved_tensors
+    grad_output, input, weight, *_ = ctx.saved_tensors
     grad_grad_input, grad_grad_weight, grad_grad_bias = grad_grads
     need_input, need_weight, need_bias = ctx.need
     for_grad_output = for_input = for_weight = None

@@ -63,9 +63,12 @@ def is_recorded() -> bool:
 
 
 def define_overloads(
-    name: str, schema: str, *, check: Callable[..., object], triton: str
+    name: str, schema: str, *, check: Callable[..., object] | None, triton: str | None
 ) -> dict[str, torch._ops.OpOverload]:
     """Defines an operator's overloads, Triton's with its launcher; the arguments are those of `Operator`."""
+    if triton is None:
+        library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        return {"": getattr(torch.ops.fastconv, name).default}
 
     def launch(*arguments: Any) -> Any:
         check(*arguments)
@@ -97,7 +100,8 @@ class Operator:
         flops: ``flops(*argument_shapes, out_shape) -> int``, two for each multiply-add.
         check: ``check(*arguments)`` raises on arguments that do not fit together. It runs before Triton's
             kernels; the compiled ones check for themselves.
-        triton: ``"module:function"`` below ``fastconv.kernels`` that launches the Triton kernels.
+        triton: ``"module:function"`` below ``fastconv.kernels`` that launches the Triton kernels. An operator
+            without it has C++ kernels alone, no other overload and no ``check``.
         autocast: ``autocast(device_type, arguments) -> arguments`` as ``torch.autocast`` wants them; None
             where the operator does no arithmetic.
     """
@@ -112,8 +116,8 @@ class Operator:
         backward: Callable[..., Any],
         vmap: Callable[..., Any],
         flops: Callable[..., int],
-        check: Callable[..., object],
-        triton: str,
+        check: Callable[..., object] | None = None,
+        triton: str | None = None,
         autocast: Callable[[str, Sequence[Any]], Sequence[Any]] | None = autocast,
     ) -> None:
         self.name = name

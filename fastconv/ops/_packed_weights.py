@@ -1,4 +1,4 @@
-"""Packed weights, kept from one call to the next.
+"""Packed weights, and folded ones, kept from one call to the next.
 
 A C++ convolution reads its weights in an order of its own. In inference that order is made once for each
 weight and kept, up to a number of bytes for all of them; what was used least recently goes first. In training
@@ -21,6 +21,8 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -33,51 +35,58 @@ SAMPLES = 67  # a prime, so that they fall on other channels and taps of each fi
 _WORDS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
 
-class _Kept:
-    """The packed values of one weight, and what the weight was when they were packed."""
+class _Facts:
+    """What a tensor was when something was made of it."""
 
-    __slots__ = (
-        "dtype",
-        "packed",
-        "pointer",
-        "samples",
-        "shape",
-        "storage",
-        "strides",
-        "values",
-        "version",
-        "weight",
-    )
+    __slots__ = ("dtype", "pointer", "samples", "shape", "storage", "strides", "tensor", "values", "version")
 
-    def __init__(self, key: tuple, weight: torch.Tensor) -> None:
-        self.weight = weakref.ref(weight, lambda _: _forget(key))
+    def __init__(self, key: tuple, tensor: torch.Tensor) -> None:
+        self.tensor = weakref.ref(tensor, lambda _: _forget(key))
         # Not its address alone, which the next one may get.
-        self.storage = weakref.ref(weight.untyped_storage(), lambda _: _forget(key))
-        self.version = weight._version
-        self.pointer = weight.data_ptr()
-        self.shape = weight.shape
-        self.strides = weight.stride()
-        self.dtype = weight.dtype
-        count = weight.numel()
+        self.storage = weakref.ref(tensor.untyped_storage(), lambda _: _forget(key))
+        self.version = tensor._version
+        self.pointer = tensor.data_ptr()
+        self.shape = tensor.shape
+        self.strides = tensor.stride()
+        self.dtype = tensor.dtype
+        count = tensor.numel()
         step = max(count // SAMPLES, 1)
         while math.gcd(step, count) > 1:  # or all might be of one tap
             step -= 1
-        words = (_WORDS[weight.element_size()] * count).from_address(self.pointer)
-        self.samples = memoryview(words)[::step]  # read only after the checks of `holds`
+        if tensor.dim() == 1:  # running averages: PyTorch does not raise their version
+            step = 1
+        words = (_WORDS[tensor.element_size()] * count).from_address(self.pointer)
+        self.samples = memoryview(words)[::step]  # read only after the checks of `hold`
         self.values = self.samples.tobytes()
-        self.packed: torch.Tensor | None = None
 
-    def holds(self, weight: torch.Tensor) -> bool:
+    def hold(self, tensor: torch.Tensor) -> bool:
         return (
-            self.weight() is weight
-            and self.version == weight._version
-            and self.storage() is weight.untyped_storage()
-            and self.pointer == weight.data_ptr()
-            and self.shape == weight.shape
-            and self.strides == weight.stride()
-            and self.dtype == weight.dtype
+            self.tensor() is tensor
+            and self.version == tensor._version
+            and self.storage() is tensor.untyped_storage()
+            and self.pointer == tensor.data_ptr()
+            and self.shape == tensor.shape
+            and self.strides == tensor.stride()
+            and self.dtype == tensor.dtype
             and self.values == self.samples.tobytes()
         )
+
+
+class _Kept:
+    """What was made of some tensors, and what these were then."""
+
+    __slots__ = ("bytes", "facts", "made")
+
+    def __init__(self, key: tuple, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        self.facts = tuple(None if tensor is None else _Facts(key, tensor) for tensor in tensors)
+        self.made: Any = None
+        self.bytes = 0
+
+    def holds(self, tensors: tuple[torch.Tensor | None, ...]) -> bool:
+        for facts, tensor in zip(self.facts, tensors):  # noqa: SIM110 (all() takes longer)
+            if tensor is not None and not facts.hold(tensor):
+                return False
+        return True
 
 
 _limit = 2**30
@@ -88,23 +97,42 @@ _lock = threading.RLock()  # a weight may die, and be forgotten, while this thre
 
 def packed_weight(name: str, weight: torch.Tensor, *arguments: object) -> torch.Tensor | None:
     """What ``torch.ops.fastconv.<name>_pack_weight`` makes of a weight; None where nothing may be kept."""
-    if is_recorded() or (weight.requires_grad and torch.is_grad_enabled()):
-        return None  # the call that packs belongs to what is recorded
-    key = (id(weight), name, *arguments)
+    return made_of((weight,), name, arguments, _pack)
+
+
+def _pack(name: str, weight: torch.Tensor, *arguments: object) -> torch.Tensor:
+    return getattr(torch.ops.fastconv, f"{name}_pack_weight")(weight, *arguments)
+
+
+def made_of(
+    tensors: tuple[torch.Tensor | None, ...], name: str, arguments: tuple, make: Callable[..., Any]
+) -> Any:
+    """``make(name, *tensors, *arguments)``, a tensor or several, if need be of an earlier call with the same.
+
+    None where nothing may be kept: the call that makes it belongs to what is recorded.
+    """
+    if is_recorded():
+        return None
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return None
+    key = (tuple(map(id, tensors)), name, *arguments)
     kept = _kept.get(key)
-    if kept is not None and kept.holds(weight):
+    if kept is not None and kept.holds(tensors):
         try:  # noqa: SIM105 (contextlib.suppress takes 0.3 us)
             _kept.move_to_end(key)
         except KeyError:  # another thread has let go of it
             pass
-        return kept.packed
-    return _pack(key, weight) if _can_be_kept(weight) else None
+        return kept.made
+    return _make(key, tensors, make) if all(t is None or _can_be_kept(t) for t in tensors) else None
 
 
 def _can_be_kept(weight: torch.Tensor) -> bool:
     return (
         _limit > 0
         and type(weight) in PLAIN
+        and weight.device.type == "cpu"  # whose memory can be looked at
         and weight.layout == torch.strided
         and not weight.is_inference()  # these have no version
         and not weight.is_neg()
@@ -116,35 +144,37 @@ def _can_be_kept(weight: torch.Tensor) -> bool:
     )
 
 
-def _pack(key: tuple, weight: torch.Tensor) -> torch.Tensor:
+def _make(key: tuple, tensors: tuple[torch.Tensor | None, ...], make: Callable[..., Any]) -> Any:
     _, name, *arguments = key
-    kept = _Kept(key, weight)  # first, so that a write to the weight meanwhile shows
+    kept = _Kept(key, tensors)  # first, so that a write to a tensor meanwhile shows
     with torch.inference_mode(False), torch.no_grad():
-        kept.packed = getattr(torch.ops.fastconv, f"{name}_pack_weight")(weight, *arguments)
+        kept.made = make(name, *tensors, *arguments)
+    kept.bytes = sum(made.nbytes for made in (kept.made if type(kept.made) is tuple else (kept.made,)))
     global _total
-    size = kept.packed.nbytes
-    if size <= _limit:
+    if kept.bytes <= _limit:
         with _lock:
             _forget(key)
             _kept[key] = kept
-            _total += size
+            _total += kept.bytes
             _evict(_limit)
-    return kept.packed
+    return kept.made
 
 
 def _forget(key: tuple) -> None:
     global _total
     with _lock:
         kept = _kept.pop(key, None)
-        size = 0 if kept is None else kept.packed.nbytes
+        size = 0 if kept is None else kept.bytes
         _total -= size
 
 
 def _forget_stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]} if _kept else ()
+    if not _kept:
+        return
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     with _lock:
         for key in list(_kept):
-            if key[0] in stepped:
+            if not stepped.isdisjoint(key[0]):
                 _forget(key)
 
 
@@ -156,7 +186,7 @@ def _evict(limit: int) -> None:
     """Down to a number of bytes; the lock is held."""
     global _total
     while _total > limit:
-        size = _kept.popitem(last=False)[1].packed.nbytes
+        size = _kept.popitem(last=False)[1].bytes
         _total -= size
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -259,11 +259,19 @@ def gradients(
     need: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of input, weight and bias; None where one is not needed."""
+    operands = (backend, grad, input, weight, *geometry, algorithm)
+    return needed_gradients(lambda *flags: backward_operator(*operands, *flags), grad, need)
+
+
+def needed_gradients(
+    compute: Callable[..., Sequence[torch.Tensor]], grad: torch.Tensor, need: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """The same from a backward operator: ``compute(need_input, need_weight, need_bias)``."""
     need_input, need_weight, need_bias = need
     grads = (None, None, None)
     if need_input or need_weight:
         flags = (need_input, need_weight, need_bias and need_weight)
-        found = backward_operator(backend, grad, input, weight, *geometry, algorithm, *flags)
+        found = compute(*flags)
         grads = tuple(g if n else None for g, n in zip(found, flags))
     if need_bias and not need_weight:  # a sum alone, without the kernel that gathers the weight's gradient
         grads = (*grads[:2], grad.sum((0, 2, 3)))

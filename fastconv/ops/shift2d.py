@@ -100,6 +100,8 @@ def as_offsets(offsets: object) -> torch.Tensor:
     for channel, row in enumerate(rows):
         if len(row) != 2:
             raise ValueError(f"offsets must have a pair (dh, dw) for each channel, got {row} at {channel}")
+        if any(isinstance(v, bool) or isinstance(v, torch.Tensor) and v.dtype == torch.bool for v in row):
+            raise TypeError(f"offsets[{channel}] must be integers (dh, dw), got {row}")
     pairs = [
         [max(-FAR, min(FAR, integer(f"offsets[{channel}]", value, least=-(10**99)))) for value in row]
         for channel, row in enumerate(rows)

@@ -18,6 +18,7 @@ from ._operator import (
     autocast,
     fold_images,
     is_autocast,
+    map_one_by_one,
     memory_format_of,
     new_output,
 )
@@ -54,8 +55,8 @@ def shift_conv2d(
     ``y[n, m, e, f] = act(b[m] + sum_c x[n, c, e*s + dh[c], f*s + dw[c]] * w[m, c])``, zero outside: the same
     as ``conv2d(shift2d(x, offsets), w, b, s)``. Each channel is read from where the shift would have moved
     it from, so no byte more is read or written than by the 1x1 convolution. Differentiable twice; in the
-    gradient the shifts are passes of their own. The output has the memory format of the input, contiguous or
-    channels_last.
+    gradient the shifts are passes of their own, except of channels_last images on the CPU. The output has the
+    memory format of the input, contiguous or channels_last.
 
     Args:
         input: ``(N, C, H, W)``; float32, bfloat16, float16 (summed in float32) or float64.
@@ -170,9 +171,14 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     operands = (input, offsets, weight, bias, None, ctx.stride, None, ctx.algorithm)
     grad = grad_of_sum(grad, output, ctx.activation, lambda: operator(ctx.backend, *operands))
     need_input, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-    shifted = shift2d.operator(ctx.backend, input, offsets, None) if need_weight else input
     needed = (need_input, need_weight, ctx.has_bias and need_bias)
     algorithm = gradients_algorithm(ctx.backend, ctx.algorithm, input, weight, ctx.stride, 1)
+    one_value = input.shape[1:].numel() == 1  # of which a dense copy is no longer channels_last
+    if algorithm == "direct" and input.device.type == "cpu" and not one_value:  # direct: channels_last
+        operands = ("cpu", grad, input, weight, offsets, ctx.stride)
+        grads = conv2d.needed_gradients(lambda *flags: backward_operator(*operands, *flags), grad, needed)
+        return grads[0], None, *grads[1:], *[None] * 4
+    shifted = shift2d.operator(ctx.backend, input, offsets, None) if need_weight else input
     grad_input, grad_weight, grad_bias = conv2d.gradients(
         ctx.backend, grad, shifted, weight, _geometry(ctx.stride), algorithm, needed
     )
@@ -197,6 +203,50 @@ operator = Operator(
     check=_check_forward,
     triton="shift_conv2d:shift_conv2d_forward_triton",
     autocast=_convolution.autocast_but(4),
+)
+
+
+# Backward operator, of channels_last images on the CPU. Gradients that are not needed are empty tensors of
+# size 0.
+
+
+def _backward_fake(grad_output, input, weight, offsets, stride, need_input, need_weight, need_bias):
+    return _convolution.new_gradients(input, weight, (need_input, need_weight, need_bias))
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    grad_output, input, weight, offsets, ctx.stride, *ctx.need = inputs
+    ctx.save_for_backward(grad_output, input, weight, offsets)
+
+
+def _backward_backward(ctx: Any, *grad_grads: torch.Tensor) -> tuple:
+    grad_output, input, _, offsets = ctx.saved_tensors
+    if ctx.need[0]:  # the operator serves this layout alone
+        grad_grads = (as_memory_format(grad_grads[0], memory_format_of(input)), *grad_grads[1:])
+
+    def convolve(x, w):
+        return operator("cpu", x, offsets, w, None, None, ctx.stride, None, "direct")
+
+    def transpose(x, w, need):
+        flags = (need == "input", need == "weight", False)
+        return backward_operator("cpu", grad_output, x, w, offsets, ctx.stride, *flags)
+
+    return *_convolution.double_backward(ctx, grad_grads, convolve, transpose), *[None] * 5
+
+
+def _backward_flops(grad_output, input, weight, offsets, stride, need_input, need_weight, *_, out_shape):
+    return (bool(need_input) + bool(need_weight)) * conv2d.flops(input, weight, out_shape=grad_output)
+
+
+backward_operator = Operator(
+    "shift_conv2d_backward",
+    "(Tensor grad_output, Tensor input, Tensor weight, Tensor offsets, SymInt[2] stride, bool need_input, "
+    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    setup_context=_backward_setup_context,
+    backward=_backward_backward,
+    vmap=map_one_by_one,
+    flops=_backward_flops,
 )
 
 ShiftConv2dFunction = operator.function()

@@ -8,12 +8,14 @@ A layer changes hands by its class alone: ``torch.nn.Conv2d`` becomes ``fastconv
 place. So parameters, buffers, hooks, optimizers, state_dict keys, pickling and deepcopy stay as they were.
 """
 
+from ._chains import ChainReport
 from ._functional import enable
 from ._graph import GraphReport, optimize_graph
 from ._report import LayerReport, Report, report
 from ._swap import OptimizeError, optimize, restore
 
 __all__ = [
+    "ChainReport",
     "GraphReport",
     "LayerReport",
     "OptimizeError",

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 from torch.utils._pytree import tree_leaves
 
+from ..nn._rules import is_watched
 from ..ops._arguments import DTYPES
 from ..ops.channel_shuffle import channel_shuffle
 
@@ -142,7 +143,7 @@ def single_call(node: fx.Node) -> Match | None:
     elif node.op == "call_module":
         module = node.graph.owning_module.get_submodule(node.target)
         name = type(module).__name__
-        groups = module.groups if type(module) is nn.ChannelShuffle and not _is_watched(module) else None
+        groups = module.groups if type(module) is nn.ChannelShuffle and not is_watched(module) else None
     else:
         return None
     source = input_of(node)
@@ -151,12 +152,6 @@ def single_call(node: fx.Node) -> Match | None:
     return Match(
         name, "channel_shuffle", channel_shuffle, {"groups": groups}, source, frozenset([node]), node, node
     )
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Or has a forward of its own."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
 
 
 # Views and permutations

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .._format import count, milliseconds, rich_table, shape, text_table
+from ._chains import ChainReport, Fused, rows_of
 from ._trial import Parity
 
 SWAPPED_FROM = "_fastconv_swapped_from"  # on a swapped module: the class that it had
@@ -72,10 +73,12 @@ class Report:
     Attributes:
         rows: a :class:`LayerReport` for each layer.
         parity: the whole model against the original; None without an ``example_input`` or a winner.
+        chains: a :class:`ChainReport` for each chain of layers that one call runs.
     """
 
     rows: list[LayerReport]
     parity: Parity | None = None
+    chains: list[ChainReport] = field(default_factory=list)
     ceilings: Any = field(default=None, repr=False)
     no_ceilings: str | None = field(default=None, init=False, repr=False)  # why there are none
 
@@ -97,7 +100,8 @@ class Report:
             {**asdict(row), "dtype": str(row.dtype).removeprefix("torch."), "speedup": row.speedup}
             for row in self.rows
         ]
-        return {"layers": layers, "parity": None if self.parity is None else asdict(self.parity)}
+        parity = None if self.parity is None else asdict(self.parity)
+        return {"layers": layers, "chains": [asdict(chain) for chain in self.chains], "parity": parity}
 
     def columns(self) -> list[str]:
         return [
@@ -162,19 +166,26 @@ class Report:
             else f"{len(names)} layers: {reason} ({', '.join(names)})"
             for reason, names in left.items()
         ]
-        others = Counter((row.type, row.reason) for row in self.rows if not row.matched)
+        fused = {layer for chain in self.chains for layer in chain.layers}
+        unmatched = [row for row in self.rows if not row.matched and row.name not in fused]
+        others = Counter((row.type, row.reason) for row in unmatched)
         macs = Counter()
         for row in self.rows:
             macs[row.type, row.reason] += row.macs
         for (kind, reason), number in others.items():
             work = f" ({count(macs[kind, reason])} MACs)" if macs[kind, reason] else ""
             lines.append(f"{number} x {kind}{work}: {reason}")
+        lines += self._chain_remarks()
         if self.parity is not None:
             lines.append(f"whole model: {self.parity}")
         self.measure_ceilings()
         if self.no_ceilings is not None:
             lines.append(f"no % limit: {self.no_ceilings}")
         return lines
+
+    def _chain_remarks(self) -> list[str]:
+        chains = Counter(chain.chain for chain in self.chains)
+        return [f"{number} x {chain}: in one call" for chain, number in chains.items()]
 
     def below(self) -> list[str]:
         """The lines below the table."""
@@ -218,4 +229,5 @@ def report(model: nn.Module) -> Report:
             rows.append(LayerReport(name, type(module).__name__, matched=True, reason="not optimized"))
         elif is_layer(module):
             rows.append(LayerReport(name, type(module).__name__, reason=why_no_rule(module)))
-    return Report(rows)
+    fused = ((name, module) for name, module in model.named_modules() if isinstance(module, Fused))
+    return Report(rows, chains=[row for name, module in fused for row in rows_of(name, module)])

@@ -13,11 +13,13 @@ from torch import nn
 from .._format import milliseconds, progress_on_terminal
 from .._timing import busy
 from ..cost import is_layer
+from ..nn import ConvBNAct
 from ..nn._rules import Rule, check_backend, rule_for, rules
 from ..ops._packed_weights import clear_packed_weights
+from ._chains import fuse_chains, unfuse
 from ._graph import restore_graph
 from ._report import EACH_CALL, REPORTS, SWAPPED_FROM, LayerReport, Report
-from ._trial import Call, Facts, LayerTrial, Parity, bare, parity, rounding_noise, run, watch
+from ._trial import Call, Facts, LayerTrial, Run, bare, parity, rounding_noise, run, watch
 
 WINS_BELOW = 0.98  # of PyTorch's time; what is closer is noise
 
@@ -100,7 +102,7 @@ def optimize_with_progress(
             _raise_if_incomplete(result)
     except BaseException:
         for module, kind, state in before:
-            if SWAPPED_FROM in state or SWAPPED_FROM in module.__dict__:
+            if type(module) is not kind or SWAPPED_FROM in state or SWAPPED_FROM in module.__dict__:
                 module.__class__ = kind
                 module.__dict__.clear()
                 module.__dict__.update(state)
@@ -135,6 +137,8 @@ def _optimize(
             row.reason = why_no_rule(module)
         elif name not in selected:
             row.reason = "left out by only= or exclude="
+        elif isinstance(named.get(name.rpartition(".")[0]), ConvBNAct):
+            row.reason = "it is part of a ConvBNAct, which runs its kernels"
         else:
             row.reason = _obstacle(module, rule, backend)
             if row.reason is None:
@@ -144,6 +148,7 @@ def _optimize(
         for module, rule in candidates.items():
             _swap(module, rule, backend)
             rows[module].kernel = backend or EACH_CALL
+        report.chains = fuse_chains(model, selected)
         return report
     with watch(model, candidates) as (facts, calls):
         original = run(model, example_input)
@@ -157,14 +162,22 @@ def _optimize(
         progress(done + 1, len(candidates), rows[module].name)
     clear_packed_weights()  # most likely of layers that stay with PyTorch
     winners = [module for module in candidates if rows[module].kernel is not None]
-    if winners:
-        with rounding_noise(winners):
+    without_gradient = _run_without_gradient(model, example_input)
+    report.chains = fuse_chains(model, selected)
+    changed = {*winners, *(named[layer] for chain in report.chains for layer in chain.layers)}
+    if changed:
+        with rounding_noise(changed):  # by hooks, under which chains run layer by layer
             noisy = run(model, example_input)
+            noisy_without_gradient = _run_without_gradient(model, example_input)
         for module in winners:
             _swap(module, candidates[module], backend)
         report.parity = parity(original, noisy, run(model, example_input))
+        if report.parity.holds and report.chains:
+            found = _run_without_gradient(model, example_input)  # chains fold their weights there
+            other = parity(without_gradient, noisy_without_gradient, found)
+            report.parity = report.parity if other.holds else other
         if not report.parity.holds:
-            _take_back(winners, rows, report.parity)
+            _take_back(model, winners, rows, report)
     return report
 
 
@@ -211,10 +224,20 @@ def _try(
         row.reason = f"not faster: {times[0]} ms, PyTorch {times[1]} ms ({name})"
 
 
-def _take_back(winners: list[nn.Module], rows: dict[nn.Module, LayerReport], found: Parity) -> None:
+def _run_without_gradient(model: nn.Module, example_input: Any) -> Run:
+    with torch.no_grad():
+        return run(model, example_input)
+
+
+def _take_back(
+    model: nn.Module, winners: list[nn.Module], rows: dict[nn.Module, LayerReport], report: Report
+) -> None:
     for module in winners:
         _restore_layer(rows[module].name, module)
-        rows[module].kernel, rows[module].reason = None, f"the whole model differs: {found}"
+        rows[module].kernel, rows[module].reason = None, f"the whole model differs: {report.parity}"
+    for module in model.modules():
+        unfuse(module)
+    report.chains = []
 
 
 def _raise_if_incomplete(report: Report) -> None:
@@ -274,6 +297,7 @@ def restore(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if SWAPPED_FROM in module.__dict__:
             _restore_layer(name, module)
+        unfuse(module)
         restore_graph(module)
     REPORTS.pop(model, None)
     return model

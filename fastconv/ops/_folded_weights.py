@@ -1,0 +1,38 @@
+"""Batch normalisation by running averages, folded into the convolution before it."""
+
+from __future__ import annotations
+
+import torch
+
+from ._packed_weights import made_of
+
+Numbers = torch.Tensor | None
+
+
+def folded_weight(
+    weight: torch.Tensor,  # (M, C/G, KH, KW)
+    bias: Numbers,  # (M,), as are the others
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    bn_weight: Numbers,
+    bn_bias: Numbers,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the one that does both: ``w' = p*w``, ``b' = p*(b - running_mean) + bn_bias``.
+
+    ``p = bn_weight / sqrt(running_var + eps)``. Kept from call to call where no gradient is needed.
+    """
+    tensors = (weight, bias, running_mean, running_var, bn_weight, bn_bias)
+    made = made_of(tensors, "fold", (eps,), lambda _, *operands: _fold(*operands))
+    return _fold(*tensors, eps) if made is None else made
+
+
+def _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps):
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    scale = torch.rsqrt(running_var.to(exact) + eps)
+    if bn_weight is not None:
+        scale = scale * bn_weight
+    shift = (-running_mean if bias is None else bias - running_mean) * scale
+    if bn_bias is not None:
+        shift = shift + bn_bias
+    return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
