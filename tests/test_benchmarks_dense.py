@@ -43,6 +43,25 @@ def test_fused_chain_is_checked_with_all_its_gradients():
 
 
 @pytest.mark.parametrize("direction", harness.PASSES)
+@pytest.mark.parametrize(
+    "changes", [{}, {"residual": 0}, {"filters": 4, "groups": 4}], ids=["dense", "no residual", "depthwise"]
+)
+def test_normalisation_is_checked_in_each_algorithm(direction, changes):
+    benchmark = harness.load("conv_bn_act")
+    layer = harness.Layer("x", "y", {**benchmark.tiny, **changes})
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = harness.Problem(benchmark, layer, direction, dtype)
+        contenders = [
+            TORCH,
+            *(harness.Contender("fastconv", "nhwc", "cpu", name) for name in (None, "plain")),
+        ]
+        assert [entry["refused"] for entry in problem.check(contenders)] == [None] * 3
+    if direction == "forward":  # relu has its effect, and no value is near its corner
+        (output,) = problem._prepare()[2]
+        assert (output == 0).any() and output[output > 0].min() > 1
+
+
+@pytest.mark.parametrize("direction", harness.PASSES)
 def test_kernel_that_does_not_serve_is_left_out(direction):
     def ours(sizes, *tensors, backend, algorithm):
         if backend is not None:
