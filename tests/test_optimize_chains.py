@@ -230,7 +230,7 @@ def test_report():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_wrong_kernel_takes_all_back(monkeypatch, training):
+def test_chains_that_differ_are_not_fused(monkeypatch, training):
     """Also one that is wrong only where weights are folded, without gradients."""
     run = MODULE.conv_norm_act
 
@@ -239,7 +239,10 @@ def test_a_wrong_kernel_takes_all_back(monkeypatch, training):
 
     monkeypatch.setattr(MODULE, "conv_norm_act", wrong)
     model = fastconv.optimize(chain().train(training), image())
-    assert type(model) is nn.Sequential and not fastconv.report(model).parity.holds
+    report = fastconv.report(model)
+    assert type(model) is nn.Sequential and report.chains == [] and not report.differing_chains.holds
+    assert report.parity is None or report.parity.holds
+    assert "chains of layers run one by one; fused, the whole model differs: outputs" in str(report)
 
 
 def test_an_error_leaves_the_model_as_it_was(monkeypatch):

@@ -74,11 +74,13 @@ class Report:
         rows: a :class:`LayerReport` for each layer.
         parity: the whole model against the original; None without an ``example_input`` or a winner.
         chains: a :class:`ChainReport` for each chain of layers that one call runs.
+        differing_chains: how far the model was off with its chains fused, if that was too far; else None.
     """
 
     rows: list[LayerReport]
     parity: Parity | None = None
     chains: list[ChainReport] = field(default_factory=list)
+    differing_chains: Parity | None = None
     ceilings: Any = field(default=None, repr=False)
     no_ceilings: str | None = field(default=None, init=False, repr=False)  # why there are none
 
@@ -184,6 +186,10 @@ class Report:
         return lines
 
     def _chain_remarks(self) -> list[str]:
+        if self.differing_chains is not None:
+            return [
+                f"chains of layers run one by one; fused, the whole model differs: {self.differing_chains}"
+            ]
         chains = Counter(chain.chain for chain in self.chains)
         return [f"{number} x {chain}: in one call" for chain, number in chains.items()]
 

@@ -19,7 +19,7 @@ from ..ops._packed_weights import clear_packed_weights
 from ._chains import fuse_chains, unfuse
 from ._graph import restore_graph
 from ._report import EACH_CALL, REPORTS, SWAPPED_FROM, LayerReport, Report
-from ._trial import Call, Facts, LayerTrial, Run, bare, parity, rounding_noise, run, watch
+from ._trial import Call, Facts, LayerTrial, Parity, Run, bare, parity, rounding_noise, run, watch
 
 WINS_BELOW = 0.98  # of PyTorch's time; what is closer is noise
 
@@ -162,23 +162,35 @@ def _optimize(
         progress(done + 1, len(candidates), rows[module].name)
     clear_packed_weights()  # most likely of layers that stay with PyTorch
     winners = [module for module in candidates if rows[module].kernel is not None]
+    noisy = _noisy(model, winners, example_input) if winners else None
     without_gradient = _run_without_gradient(model, example_input)
     report.chains = fuse_chains(model, selected)
-    changed = {*winners, *(named[layer] for chain in report.chains for layer in chain.layers)}
-    if changed:
-        with rounding_noise(changed):  # by hooks, under which chains run layer by layer
-            noisy = run(model, example_input)
-            noisy_without_gradient = _run_without_gradient(model, example_input)
-        for module in winners:
-            _swap(module, candidates[module], backend)
-        report.parity = parity(original, noisy, run(model, example_input))
-        if report.parity.holds and report.chains:
-            found = _run_without_gradient(model, example_input)  # chains fold their weights there
-            other = parity(without_gradient, noisy_without_gradient, found)
-            report.parity = report.parity if other.holds else other
+    fused = [named[layer] for chain in report.chains for layer in chain.layers]
+    if fused:
+        noisy_chains = _noisy(model, [*winners, *fused], example_input)  # by hooks, under which none is fused
+    for module in winners:
+        _swap(module, candidates[module], backend)
+    if fused:
+        found = parity(original, noisy_chains[0], run(model, example_input))
+        folded = _run_without_gradient(model, example_input)  # chains fold their weights there
+        other = parity(without_gradient, noisy_chains[1], folded)
+        report.parity = found if other.holds else other
+        if report.parity.holds:
+            return report
+        report.differing_chains, report.parity, report.chains = report.parity, None, []
+        for module in model.modules():
+            unfuse(module)
+    if winners:
+        report.parity = parity(original, noisy[0], run(model, example_input))
         if not report.parity.holds:
-            _take_back(model, winners, rows, report)
+            _take_back(winners, rows, report.parity)
     return report
+
+
+def _noisy(model: nn.Module, layers: list[nn.Module], example_input: Any) -> tuple[Run, Run]:
+    """What rounding of the layers' outputs does to the model, with gradients and without."""
+    with rounding_noise(dict.fromkeys(layers)):
+        return run(model, example_input), _run_without_gradient(model, example_input)
 
 
 def _earlier_row(model: nn.Module, name: str, module: nn.Module) -> LayerReport:
@@ -229,15 +241,10 @@ def _run_without_gradient(model: nn.Module, example_input: Any) -> Run:
         return run(model, example_input)
 
 
-def _take_back(
-    model: nn.Module, winners: list[nn.Module], rows: dict[nn.Module, LayerReport], report: Report
-) -> None:
+def _take_back(winners: list[nn.Module], rows: dict[nn.Module, LayerReport], found: Parity) -> None:
     for module in winners:
         _restore_layer(rows[module].name, module)
-        rows[module].kernel, rows[module].reason = None, f"the whole model differs: {report.parity}"
-    for module in model.modules():
-        unfuse(module)
-    report.chains = []
+        rows[module].kernel, rows[module].reason = None, f"the whole model differs: {found}"
 
 
 def _raise_if_incomplete(report: Report) -> None:
