@@ -26,11 +26,6 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def sum_type(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums of a tensor's products are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def in_memory_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     """The tensor itself if the format's last dimension is the fastest in memory, else a copy.
 

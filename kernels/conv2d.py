@@ -16,10 +16,10 @@ import triton
 
 from fastconv.ops._arguments import output_size
 from fastconv.ops._convolution import format_of_weight
-from fastconv.ops._operator import memory_format_of, new_output
+from fastconv.ops._operator import memory_format_of, new_output, sum_type
 from fastconv.ops.conv2d import choose
 
-from ._common import COMPILE_OPTIONS, in_memory_format, on_device_of, sum_type
+from ._common import COMPILE_OPTIONS, in_memory_format, on_device_of
 from .conv2d_grad_weight import (
     conv2d_implicit_gemm_grad_weight_kernel,
     conv2d_implicit_gemm_grad_weight_sum_kernel,

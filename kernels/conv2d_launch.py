@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastconv.ops._operator import memory_format_of
+from fastconv.ops._operator import memory_format_of, sum_type
 
-from ._common import COMPILE_OPTIONS, in_memory_format, sum_type
+from ._common import COMPILE_OPTIONS, in_memory_format
 
 SUM_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 MULTIPROCESSORS = 132  # of an H100 or H200

@@ -18,9 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastconv.ops._operator import as_memory_format, memory_format_of, new_output
+from fastconv.ops._operator import as_memory_format, memory_format_of, new_output, sum_type
+from fastconv.ops.conv_bn_act import new_numbers
 
-from ._common import COMPILE_OPTIONS, activate, activation_gradient, loop_bound, on_device_of, sum_type
+from ._common import COMPILE_OPTIONS, activate, activation_gradient, loop_bound, on_device_of
 from .conv2d_launch import SUM_TYPES, tile_side
 from .depthwise_conv2d import depthwise_conv2d_grad_weight_sum_kernel
 
@@ -250,7 +251,7 @@ def conv_bn_act_normalize_triton(
     algorithm: str | None,  # "sliced" (None is that)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``fastconv::conv_bn_act_normalize.triton``: output in the input's memory format, mean, variance."""
-    output, mean, variance = new_output(input, input.shape), _new_numbers(input), _new_numbers(input)
+    output, mean, variance = new_output(input, input.shape), new_numbers(input), new_numbers(input)
     if input.numel() == 0:
         return output, mean.zero_(), variance.zero_()
     input, residual = _dense_images(input, residual)
@@ -294,8 +295,8 @@ def conv_bn_act_normalize_backward_triton(
     """
     grad_input, grad_weight, grad_bias = (
         new_output(input, input.shape),
-        _new_numbers(input),
-        _new_numbers(input),
+        new_numbers(input),
+        new_numbers(input),
     )
     grad_residual = new_output(input, input.shape) if need_residual else input.new_empty(0)
     if input.numel() == 0:
@@ -321,10 +322,6 @@ def conv_bn_act_normalize_backward_triton(
             channels, pixels, input.numel() // channels, **options,
         )  # fmt: skip
     return grad_input, grad_residual, grad_weight, grad_bias
-
-
-def _new_numbers(input: torch.Tensor) -> torch.Tensor:
-    return torch.empty(input.shape[1], dtype=sum_type(input.dtype), device=input.device)
 
 
 def _dense_images(*images: torch.Tensor | None) -> list[torch.Tensor | None]:

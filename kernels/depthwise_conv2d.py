@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from fastconv.ops._arguments import output_size
-from fastconv.ops._operator import memory_format_of
+from fastconv.ops._operator import memory_format_of, sum_type
 
-from ._common import COMPILE_OPTIONS, SIZES, in_memory_format, loop_bound, on_device_of, sum_type
+from ._common import COMPILE_OPTIONS, SIZES, in_memory_format, loop_bound, on_device_of
 from .depthwise_conv2d_plain import (
     depthwise_conv2d_plain_forward_kernel,
     depthwise_conv2d_plain_grad_input_kernel,

@@ -23,7 +23,7 @@ def folded_weight(
     ``p = bn_weight / sqrt(running_var + eps)``. Kept from call to call where no gradient is needed.
     """
     tensors = (weight, bias, running_mean, running_var, bn_weight, bn_bias)
-    made = made_of(tensors, "fold", (eps,), lambda _, *operands: _fold(*operands))
+    made = made_of(tensors, "fold", (eps,), _fold)
     return _fold(*tensors, eps) if made is None else made
 
 

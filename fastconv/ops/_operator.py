@@ -241,6 +241,11 @@ class InplaceOperator:
         return count_version
 
 
+def sum_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums of a tensor's products are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
     """``channels_last`` if a 4-D tensor's strides say so, else ``contiguous_format``.
 

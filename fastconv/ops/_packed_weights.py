@@ -97,7 +97,7 @@ _lock = threading.RLock()  # a weight may die, and be forgotten, while this thre
 
 def packed_weight(name: str, weight: torch.Tensor, *arguments: object) -> torch.Tensor | None:
     """What ``torch.ops.fastconv.<name>_pack_weight`` makes of a weight; None where nothing may be kept."""
-    return made_of((weight,), name, arguments, _pack)
+    return made_of((weight,), name, arguments, lambda *operands: _pack(name, *operands))
 
 
 def _pack(name: str, weight: torch.Tensor, *arguments: object) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _pack(name: str, weight: torch.Tensor, *arguments: object) -> torch.Tensor:
 def made_of(
     tensors: tuple[torch.Tensor | None, ...], name: str, arguments: tuple, make: Callable[..., Any]
 ) -> Any:
-    """``make(name, *tensors, *arguments)``, a tensor or several, if need be of an earlier call with the same.
+    """``make(*tensors, *arguments)``, a tensor or several, if need be of an earlier call with the same.
 
     None where nothing may be kept: the call that makes it belongs to what is recorded.
     """
@@ -145,10 +145,10 @@ def _can_be_kept(weight: torch.Tensor) -> bool:
 
 
 def _make(key: tuple, tensors: tuple[torch.Tensor | None, ...], make: Callable[..., Any]) -> Any:
-    _, name, *arguments = key
+    _, _, *arguments = key
     kept = _Kept(key, tensors)  # first, so that a write to a tensor meanwhile shows
     with torch.inference_mode(False), torch.no_grad():
-        kept.made = make(name, *tensors, *arguments)
+        kept.made = make(*tensors, *arguments)
     kept.bytes = sum(made.nbytes for made in (kept.made if type(kept.made) is tuple else (kept.made,)))
     global _total
     if kept.bytes <= _limit:

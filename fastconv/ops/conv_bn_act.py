@@ -19,6 +19,7 @@ from ._operator import (
     map_one_by_one,
     memory_format_of,
     new_output,
+    sum_type,
 )
 from .conv2d import conv2d, conv2d_reference
 from .depthwise_conv2d import depthwise_conv2d
@@ -47,10 +48,15 @@ def conv_bn_act_reference(
     sums = conv2d_reference(input, weight, bias, stride, padding, dilation, groups)
     if not training:
         return normalized(sums, running_mean, running_var, bn_weight, bn_bias, eps, activation, residual)
-    mean = sums.mean((0, 2, 3))
-    variance = (sums - mean[:, None, None]).square().mean((0, 2, 3))
+    mean, variance = _statistics(sums)
     _update(running_mean, running_var, mean, variance, momentum, sums)
     return normalized(sums, mean, variance, bn_weight, bn_bias, eps, activation, residual)
+
+
+def _statistics(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of each channel."""
+    mean = sums.mean((0, 2, 3))
+    return mean, (sums - mean[:, None, None]).square().mean((0, 2, 3))
 
 
 def normalized(sums, mean, variance, weight, bias, eps, activation, residual):
@@ -128,13 +134,13 @@ def conv_bn_act(
     check_tensor("weight", weight, rank=4, like=input)
     numbers = (running_mean, running_var, bn_weight, bn_bias)
     _check(input, weight, *numbers, training, momentum, eps, activation)
-    named, backend = backend, choose(backend, None, input)
+    choose(backend, None, input)  # raises in this operator's name, before anything is computed
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     takes_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in numbers)
     if not training and not takes_gradient:
         weight, bias = folded_weight(weight, bias, *numbers, eps)
-        return _convolve(input, weight, bias, geometry, activation, residual, named)
-    sums = _convolve(input, weight, bias, geometry, None, None, named)
+        return _convolve(input, weight, bias, geometry, activation, residual, backend)
+    sums = _convolve(input, weight, bias, geometry, None, None, backend)
     if not training:  # the gradient of a folded weight would lose digits of those of bn_weight
         return add_and_activate(
             torch.nn.functional.batch_norm(sums, *numbers, False, 0.0, eps), residual, activation
@@ -177,13 +183,12 @@ def batch_norm_act(
         )
         return add_and_activate(output, residual, activation)
     if backend == "reference":
-        exact = input.to(_sum_type(input))
-        mean = exact.mean((0, 2, 3))
-        variance = (exact - mean[:, None, None]).square().mean((0, 2, 3))
+        exact = input.to(sum_type(input.dtype))
+        mean, variance = _statistics(exact)
         output = normalized(exact, mean, variance, weight, bias, eps, activation, residual).to(input.dtype)
         output = as_memory_format(output, memory_format_of(input))
     else:
-        exact = _sum_type(input)
+        exact = sum_type(input.dtype)
         weight, bias = (None if t is None else t.to(exact) for t in (weight, bias))
         operands = (input, residual, weight, bias, eps, activation, algorithm)
         output, mean, variance = operator(backend, *operands)
@@ -247,10 +252,6 @@ def _update(running_mean, running_var, mean, variance, momentum, sums) -> None:
     torch._foreach_lerp_(running, batch, momentum)
 
 
-def _sum_type(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 choose = Choice(
     "conv_bn_act",
     algorithms={
@@ -287,7 +288,7 @@ def _check_numbers(name, numbers, input) -> None:
     if numbers is None:
         return
     check_tensor(name, numbers, rank=1)
-    exact = _sum_type(input)
+    exact = sum_type(input.dtype)
     if numbers.dtype != exact or numbers.device != input.device or numbers.shape[0] != input.shape[1]:
         raise ValueError(
             f"{name} must be ({input.shape[1]},) of {exact} on {input.device}, got {tuple(numbers.shape)} of "
@@ -295,12 +296,13 @@ def _check_numbers(name, numbers, input) -> None:
         )
 
 
-def _new_numbers(input) -> torch.Tensor:
-    return torch.empty(input.shape[1], dtype=_sum_type(input), device=input.device)
+def new_numbers(input: torch.Tensor) -> torch.Tensor:
+    """One of each channel, not initialised."""
+    return torch.empty(input.shape[1], dtype=sum_type(input.dtype), device=input.device)
 
 
 def _fake(input, residual, weight, bias, eps, activation, algorithm):
-    return new_output(input, input.shape), _new_numbers(input), _new_numbers(input)
+    return new_output(input, input.shape), new_numbers(input), new_numbers(input)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -359,7 +361,7 @@ def _backward_fake(
 ):
     image = new_output(input, input.shape)
     grad_residual = torch.empty_like(image) if need_residual else input.new_empty(0)
-    return image, grad_residual, _new_numbers(input), _new_numbers(input)
+    return image, grad_residual, new_numbers(input), new_numbers(input)
 
 
 def _check_backward(

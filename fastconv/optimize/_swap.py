@@ -162,18 +162,22 @@ def _optimize(
         progress(done + 1, len(candidates), rows[module].name)
     clear_packed_weights()  # most likely of layers that stay with PyTorch
     winners = [module for module in candidates if rows[module].kernel is not None]
-    noisy = _noisy(model, winners, example_input) if winners else None
+    if winners:
+        with rounding_noise(winners):
+            noisy = run(model, example_input)
     without_gradient = _run_without_gradient(model, example_input)
     report.chains = fuse_chains(model, selected)
     fused = [named[layer] for chain in report.chains for layer in chain.layers]
     if fused:
-        noisy_chains = _noisy(model, [*winners, *fused], example_input)  # by hooks, under which none is fused
+        with rounding_noise(dict.fromkeys([*winners, *fused])):  # by hooks, under which no chain is fused
+            noisy_chains = run(model, example_input)
+            noisy_without_gradient = _run_without_gradient(model, example_input)
     for module in winners:
         _swap(module, candidates[module], backend)
     if fused:
-        found = parity(original, noisy_chains[0], run(model, example_input))
+        found = parity(original, noisy_chains, run(model, example_input))
         folded = _run_without_gradient(model, example_input)  # chains fold their weights there
-        other = parity(without_gradient, noisy_chains[1], folded)
+        other = parity(without_gradient, noisy_without_gradient, folded)
         report.parity = found if other.holds else other
         if report.parity.holds:
             return report
@@ -181,16 +185,10 @@ def _optimize(
         for module in model.modules():
             unfuse(module)
     if winners:
-        report.parity = parity(original, noisy[0], run(model, example_input))
+        report.parity = parity(original, noisy, run(model, example_input))
         if not report.parity.holds:
             _take_back(winners, rows, report.parity)
     return report
-
-
-def _noisy(model: nn.Module, layers: list[nn.Module], example_input: Any) -> tuple[Run, Run]:
-    """What rounding of the layers' outputs does to the model, with gradients and without."""
-    with rounding_noise(dict.fromkeys(layers)):
-        return run(model, example_input), _run_without_gradient(model, example_input)
 
 
 def _earlier_row(model: nn.Module, name: str, module: nn.Module) -> LayerReport:
