@@ -17,7 +17,7 @@ from torch import nn
 import fastconv
 from fastconv.optimize._chains import Fused
 
-MODULE = sys.modules["fastconv.nn.conv_bn_act"]
+MODULE = sys.modules["fastconv.nn._chains"]
 
 
 @pytest.fixture
@@ -76,6 +76,8 @@ FUSED = {
     "no activation": (lambda: chain()[:2], [None]),
     "two": (lambda: nn.Sequential(*chain(), *chain(nn.Tanh()), chain()[0]), ["relu", None]),
     "in a container": (lambda: nn.Sequential(chain(), nn.Sequential(chain()[:2])), ["relu", None]),
+    "no normalisation": (lambda: nn.Sequential(*chain()[:1], nn.ReLU6(), nn.BatchNorm2d(4)), ["relu6"]),
+    "a linear layer": (lambda: (lambda c: nn.Sequential(nn.Linear(5, 6), nn.GELU(), *c))(chain()), ["relu"]),
     "of statistics of its own": (lambda: chain(norm=nn.BatchNorm2d(4, track_running_stats=False)), ["relu"]),
     "momentum None": (lambda: chain(norm=nn.BatchNorm2d(4, momentum=None)), ["relu"]),
     "the same layers twice": (lambda: (lambda c: nn.Sequential(*c, *c))(chain()), ["relu", "relu"]),
@@ -106,7 +108,7 @@ class Reversed(nn.Sequential):
     lambda: chain(norm=Mine(4)), lambda: chain(norm=nn.SyncBatchNorm(4)),
     lambda: chain(norm=nn.GroupNorm(2, 4)),
     lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)), lambda: chain(kind=Reversed),
-    lambda: nn.Sequential(*chain()[:1], nn.ReLU(), nn.BatchNorm2d(4)),
+    lambda: nn.Sequential(*chain()[:1], nn.MaxPool2d(1), nn.BatchNorm2d(4), nn.ReLU()),
 ])  # fmt: skip
 def test_left_alone(build):
     model = fastconv.optimize(build().to(DEVICE))

@@ -1,17 +1,27 @@
-"""Chains of layers in ``nn.Sequential``: convolution, batch normalisation and activation in one call."""
+"""Modules whose forwards run chains of layers in one call: containers, and forwards that can be rewritten."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..nn.conv_bn_act import CONVOLUTIONS, activation_of, run_chain
+from ..nn._chains import (
+    ACTIVATION_LAYERS,
+    ALONE,
+    CONVOLUTIONS,
+    activation_of,
+    chain_length,
+    defer,
+    run_layers,
+)
+from ._forwards import SUM, rewritten
 
-NOT_FUSED = "_fastconv_not_fused"  # on a fused container: names of its layers that were left out
+_PARTS = (*CONVOLUTIONS, nn.BatchNorm2d, nn.Linear, *ACTIVATION_LAYERS.values())  # of chains
 
 
 @dataclass(frozen=True)
@@ -19,9 +29,9 @@ class ChainReport:
     """Layers that one call runs.
 
     Attributes:
-        name, type: of the container.
-        layers: names of the convolution, the normalisation and, if there is one, the activation.
-        chain: what they are, such as ``"Conv2d + BatchNorm2d + ReLU"``.
+        name, type: of the module in whose forward they are.
+        layers: names of those that are modules.
+        chain: what they are, such as ``"Conv2d + BatchNorm2d + sum + ReLU"``.
     """
 
     name: str
@@ -31,102 +41,184 @@ class ChainReport:
 
 
 class Fused:
-    """A container of another class, an ``nn.Sequential``, whose forward runs its chains in one call each.
+    """A module of another class, whose forward runs its chains in one call each.
 
-    It looks for them in each call, so whatever becomes of the container, it computes what it says.
+    It looks for them in each call, so whatever becomes of its layers, it computes what they say.
+
+    Attributes:
+        original: its class.
+        function: that class's forward, of which this class's own is made.
+        plain: the forward only calls the module's children, one after the other.
+        deferred: its forward, but it may return a ``Pending``, see :mod:`fastconv.nn._chains`.
     """
 
-    original: type[nn.Sequential]
-
-    def forward(self, input: Any) -> Any:
-        if torch.compiler.is_compiling():  # a compiler sees all layers, and fuses what it can
-            return super().forward(input)
-        for names in runs_of(self):
-            layer, norm, activation = (*(self._modules[name] for name in names), None, None)[:3]
-            input = layer(input) if norm is None else run_chain(layer, norm, activation, input)
-        return input
+    original: type[nn.Module]
+    function: Any
+    plain: bool
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
         return _new, (type(self).original,), *state
 
 
-def _new(original: type[nn.Sequential]) -> nn.Sequential:
-    kind = fused_type(original)
+def _new(original: type[nn.Module]) -> nn.Module:
+    kind = fused_type(original) or original  # whose source has changed since
     return kind.__new__(kind)
 
 
-_types: dict[type[nn.Sequential], type[nn.Sequential]] = {}
+_types: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def fused_type(original: type[nn.Sequential]) -> type[nn.Sequential]:
-    if original not in _types:
-        own = {"original": original, "__doc__": original.__doc__}
-        _types[original] = type(f"Fused{original.__name__}", (Fused, original), own)
+def fused_type(original: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that takes a class's place; None if its forward cannot be rewritten."""
+    found = _types.get(original)
+    if found is not None and found.function is original.forward:
+        return found
+    function = original.forward
+    if not _has_plain_calls(original):
+        return None
+    if function is nn.Sequential.forward:
+        forward, deferred, plain = _run_container, _defer_container, True
+    elif (source := rewritten(function)) is not None:
+        forward, deferred, plain = source.forward, source.deferred, source.plain
+    else:
+        return None
+    own = {
+        "original": original,
+        "function": staticmethod(function),
+        "plain": plain,
+        "forward": _unless_changed(original, function, forward),
+        "deferred": _unless_changed(original, function, deferred),
+        "__doc__": original.__doc__,
+        "__module__": original.__module__,
+    }
+    _types[original] = type(f"Fused{original.__name__}", (Fused, original), own)
     return _types[original]
 
 
-def runs_of(container: nn.Sequential) -> Iterator[tuple[str, ...]]:
-    """The names of its layers: two or three where they are a chain, else each by itself."""
-    left = container.__dict__.get(NOT_FUSED, ())
-    names = list(container._modules)
-    layers = [None if name in left else container._modules[name] for name in names]
-    first = 0
-    while first < len(names):
-        length = 1
-        conv, norm, activation = (*layers[first : first + 3], None, None)[:3]
-        if type(conv) in CONVOLUTIONS and type(norm) is nn.BatchNorm2d:
-            length = 2 if activation is None or activation_of(activation) is None else 3
-        yield tuple(names[first : first + length])
-        first += length
+def _has_plain_calls(kind: type[nn.Module]) -> bool:
+    """Whether calls and attributes of its modules are what PyTorch makes them."""
+    names = ("__call__", "__getattr__", "__getattribute__")
+    plain = all(getattr(kind, name) is getattr(nn.Module, name) for name in names)
+    return plain and not issubclass(kind, (torch.jit.ScriptModule, torch.fx.GraphModule, Fused))
+
+
+def _run_container(container: nn.Sequential, input: Any) -> Any:
+    return run_layers(tuple(container._modules.values()), input)
+
+
+def _defer_container(container: nn.Sequential, input: Any) -> Any:
+    return defer(tuple(container._modules.values()), input)
+
+
+def _unless_changed(original: type[nn.Module], function: Any, forward: Any) -> Any:
+    """``forward`` as long as it is what the class computes; a compiler sees the class's own."""
+
+    @functools.wraps(function)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
+        if original.forward is function and not recorded:
+            return forward(self, *args, **kwargs)
+        return original.forward(self, *args, **kwargs)
+
+    return run
 
 
 def fuse_chains(model: nn.Module, selected: set[str]) -> list[ChainReport]:
-    """Fuses what chains of selected layers a model's containers have; those of earlier calls stay."""
-    rows = []
+    """Fuses what chains of selected layers a model has; those of earlier calls stay. A row for each."""
     named = dict(model.named_modules())
-    chosen = {named[name] for name in selected}
+    fused = {
+        layer
+        for name, module in named.items()
+        for row in rows_of(name, module, named)
+        for layer in row.layers
+    }
     for name, module in named.items():
-        if not _is_container(module):
-            continue
-        left = tuple(layer for layer, child in module._modules.items() if child not in chosen)
+        if name in selected:
+            module.__dict__.pop(ALONE, None)
+        elif name not in fused and type(module) in _PARTS:
+            module.__dict__[ALONE] = True
+    rows: list[ChainReport] = []
+    for name, module in reversed(named.items()):  # what is in a module comes before it
+        found = rows_of(name, module, named, fused=False)
         if isinstance(module, Fused):
-            left = tuple(layer for layer in left if layer in module.__dict__[NOT_FUSED])
-            unfuse(module)
-        module.__dict__[NOT_FUSED] = left
-        if any(len(run) > 1 for run in runs_of(module)):
+            if not found:
+                unfuse(module)
+        elif found and "forward" not in vars(module):
             try:
                 module.__class__ = fused_type(type(module))
             except Exception:  # whatever a class may do that is subclassed
-                del module.__dict__[NOT_FUSED]
-            else:
-                rows += rows_of(name, module)
-        else:
-            del module.__dict__[NOT_FUSED]
+                continue
+        rows = [*found, *rows] if isinstance(module, Fused) else rows
     return rows
 
 
-def _is_container(module: nn.Module) -> bool:
-    forward = type(module).forward
-    return forward is Fused.forward or (forward is nn.Sequential.forward and "forward" not in vars(module))
+def rows_of(
+    name: str, module: nn.Module, named: dict[str, nn.Module], fused: bool = True
+) -> list[ChainReport]:
+    """A row for each chain of a module; of one that is fused, unless all are asked for."""
+    if fused and not isinstance(module, Fused):
+        return []
+    names: dict[Any, str] = {each: path for path, each in reversed(named.items())}
+    kind = original_type(module)
+    rows = []
+    for layers in _sequences(module):
+        for chain in _chains_in(layers):
+            inside = tuple(names[layer] for layer in chain if layer in names)
+            rows.append(ChainReport(name, kind.__name__, inside, " + ".join(map(_name_of, chain))))
+    return rows
 
 
-def rows_of(name: str, module: nn.Sequential) -> list[ChainReport]:
-    """A row for each chain of a fused container."""
-    prefix = f"{name}." if name else ""
-    return [
-        ChainReport(
-            name,
-            type(module).original.__name__,
-            tuple(prefix + layer for layer in run),
-            " + ".join(type(module._modules[layer]).__name__ for layer in run),
-        )
-        for run in runs_of(module)
-        if len(run) > 1
-    ]
+def original_type(module: nn.Module) -> type[nn.Module]:
+    return type(module).original if isinstance(module, Fused) else type(module)
+
+
+def _name_of(layer: Any) -> str:
+    if layer is SUM:
+        return "sum"
+    if isinstance(layer, nn.Module):
+        return original_type(layer).__name__
+    return getattr(layer, "__name__", type(layer).__name__)
+
+
+def _sequences(module: nn.Module) -> Iterator[Sequence[Any]]:
+    """The runs of layers in a module's forward, sums among them."""
+    kind = original_type(module)
+    if kind.forward is nn.Sequential.forward:
+        yield list(module._modules.values())
+    elif _has_plain_calls(kind) and (source := rewritten(kind.forward)) is not None:
+        for layers in source.layers(module):
+            yield [layer for layer in layers if layer is not None]
+
+
+def _chains_in(layers: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    first = 0
+    while first < len(layers):
+        length = 1 if layers[first] is SUM else chain_length(layers, first)
+        end = last = first + length
+        while last < len(layers) and type(layers[last]) in (nn.Identity, nn.Dropout):
+            last += 1
+        if last < len(layers) and layers[last] is SUM and layers[first] is not SUM:
+            waits = type(layers[first]) in CONVOLUTIONS and activation_of(layers[end - 1]) is None
+            if waits or (length == 1 and _can_wait(layers[first])):
+                end = last + 1
+                end += end < len(layers) and activation_of(layers[end]) is not None
+        if end - first > 1:
+            yield layers[first:end]
+        first = end
+
+
+def _can_wait(layer: Any) -> bool:
+    """Whether a module may leave its last chain to a sum."""
+    if isinstance(layer, Fused):
+        return True
+    if not isinstance(layer, nn.Module) or type(layer).forward is not nn.Sequential.forward:
+        return False
+    last = next(reversed(layer._modules.values()), None)
+    return type(last) in (*CONVOLUTIONS, nn.BatchNorm2d) or _can_wait(last)
 
 
 def unfuse(module: nn.Module) -> None:
     if isinstance(module, Fused):
         module.__class__ = type(module).original
-        module.__dict__.pop(NOT_FUSED, None)
+    module.__dict__.pop(ALONE, None)

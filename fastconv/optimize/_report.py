@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._format import count, milliseconds, rich_table, shape, text_table
-from ._chains import ChainReport, Fused, rows_of
+from ._chains import ChainReport, rows_of
 from ._trial import Parity
 
 SWAPPED_FROM = "_fastconv_swapped_from"  # on a swapped module: the class that it had
@@ -235,5 +235,7 @@ def report(model: nn.Module) -> Report:
             rows.append(LayerReport(name, type(module).__name__, matched=True, reason="not optimized"))
         elif is_layer(module):
             rows.append(LayerReport(name, type(module).__name__, reason=why_no_rule(module)))
-    fused = ((name, module) for name, module in model.named_modules() if isinstance(module, Fused))
-    return Report(rows, chains=[row for name, module in fused for row in rows_of(name, module)])
+    named = dict(model.named_modules())
+    return Report(
+        rows, chains=[row for name, module in named.items() for row in rows_of(name, module, named)]
+    )

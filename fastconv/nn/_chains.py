@@ -1,0 +1,329 @@
+"""Layers that follow each other: a chain of them, such as convolution, norm and activation, in one call.
+
+``RUN``, ``DEFER`` and ``ADD`` are what :mod:`fastconv.optimize` writes into forwards. All of them look at the
+layers in each call: what is unusual runs as PyTorch runs it, layer by layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops._arguments import output_size, padding_sides
+from ..ops._operator import PLAIN, is_autocast
+from ..ops._packed_weights import made_of
+from ..ops.conv2d import conv2d
+from ..ops.conv_bn_act import _convolve as convolve
+from ..ops.conv_bn_act import conv_bn_act
+from ._convolution import takes
+from ._rules import is_watched
+from .conv2d import Conv2d
+from .depthwise_conv2d import DepthwiseConv2d
+
+ALONE = "_fastconv_alone"  # on a layer that is to run by itself
+
+CONVOLUTIONS = (nn.Conv2d, Conv2d, DepthwiseConv2d)
+ACTIVATION_LAYERS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}
+_NAMES = {kind: name for name, kind in ACTIVATION_LAYERS.items()}
+_FUNCTIONS = {
+    torch.relu: "relu",
+    nn.functional.relu: "relu",
+    nn.functional.relu6: "relu6",
+    nn.functional.silu: "silu",
+    nn.functional.gelu: "gelu",
+}
+# Whose calls leave their inputs and all else alone, but for a normalisation's own averages.
+_CALM = (*CONVOLUTIONS, nn.BatchNorm2d, nn.Identity, nn.AvgPool2d, nn.MaxPool2d)
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+
+def activation_of(layer: Layer) -> str | None:
+    """The name of a layer or function of PyTorch's that a convolution can apply; None if it is none."""
+    name = _NAMES.get(type(layer))
+    if name is not None:
+        return "gelu_tanh" if name == "gelu" and layer.approximate == "tanh" else name
+    words = {}
+    if type(layer) is functools.partial:
+        layer, words = layer.func, layer.keywords
+    name = _FUNCTIONS.get(layer) if callable(layer) and not isinstance(layer, nn.Module) else None
+    if name == "gelu" and words.keys() <= {"approximate"}:
+        return {"tanh": "gelu_tanh", "none": "gelu"}.get(words.get("approximate", "none"))
+    return name if words.keys() <= {"inplace"} else None
+
+
+def is_alone(layer: Layer | None) -> bool:
+    """Whether it has to be called itself: others look on, or ``optimize`` was told to leave it."""
+    return isinstance(layer, nn.Module) and (ALONE in layer.__dict__ or is_watched(layer))
+
+
+def chain_length(layers: Sequence[Layer], first: int) -> int:
+    """How many layers from the first on are a chain, by their types; 1 if none is."""
+    kind = type(layers[first])
+    if kind not in CONVOLUTIONS and kind is not nn.Linear or ALONE in layers[first].__dict__:
+        return 1
+    end = first + 1
+    if kind is not nn.Linear and end < len(layers) and type(layers[end]) is nn.BatchNorm2d:
+        end += ALONE not in layers[end].__dict__
+    if end < len(layers) and activation_of(layers[end]) is not None:
+        end += ALONE not in getattr(layers[end], "__dict__", ())
+    return end - first
+
+
+def run_layers(layers: Sequence[Layer | None], input: Any) -> Any:
+    """Calls layers one after the other, None for none; chains of them in one call each."""
+    if None in layers:
+        layers = [layer for layer in layers if layer is not None]
+    first = 0
+    while first < len(layers):
+        length = chain_length(layers, first)
+        if length == 1:
+            input = layers[first](input)
+        elif type(layers[first]) is nn.Linear:
+            input = _run_linear(*layers[first : first + 2], input)
+        else:
+            input = run_chain(*_parts(layers[first : first + length]), input)
+        first += length
+    return input
+
+
+def _parts(chain: Sequence[Layer]) -> tuple[nn.Module, nn.Module | None, Layer | None]:
+    """Convolution, normalisation or None, activation or None."""
+    conv, *rest = chain
+    norm = rest.pop(0) if rest and type(rest[0]) is nn.BatchNorm2d else None
+    return conv, norm, rest[0] if rest else None
+
+
+class Pending:
+    """A convolution, and its normalisation if there is one, that wait for what is added to them."""
+
+    __slots__ = ("conv", "input", "norm")
+
+    def __init__(self, conv: nn.Module, norm: nn.Module | None, input: torch.Tensor) -> None:
+        self.conv, self.norm, self.input = conv, norm, input
+
+
+def defer(layers: Sequence[Layer | None], input: Any, between: Sequence[Layer | None] = ()) -> Any:
+    """As :func:`run_layers`, but a chain at the end may wait, for one call to do it with a sum.
+
+    Args:
+        layers, input: as in :func:`run_layers`.
+        between: what is called before the sum. It must not change what the chain reads.
+
+    Returns:
+        A tensor, or a :class:`Pending` for :func:`add`.
+    """
+    layers = [layer for layer in layers if layer is not None]
+    end = len(layers)
+    while end and _passes(layers[end - 1]):
+        end -= 1
+    if type(input) in PLAIN:
+        first = end - 2 if end > 1 and type(layers[end - 1]) is nn.BatchNorm2d else end - 1
+        last = layers[end - 1] if end else None
+        if first >= 0 and type(layers[first]) in CONVOLUTIONS:
+            conv, norm, _ = _parts(layers[first:end])
+            if not any(map(is_alone, (conv, norm))) and _are_calm(between, {conv, norm}):
+                return Pending(conv, norm, run_layers(layers[:first], input))
+        elif isinstance(last, nn.Module) and _are_calm(between, set(last.modules()) if between else ()):
+            return _defer_module(last, run_layers(layers[: end - 1], input))
+    return run_layers(layers, input)
+
+
+def _defer_module(module: nn.Module, input: Any) -> Any:
+    if is_alone(module) or type(module).__call__ is not nn.Module.__call__:
+        return module(input)
+    deferred = getattr(type(module), "deferred", None)
+    if deferred is not None:
+        return deferred(module, input)
+    if type(module).forward is nn.Sequential.forward:
+        return defer(tuple(module._modules.values()), input)
+    return module(input)
+
+
+def _passes(layer: Layer) -> bool:
+    """Whether it returns what it is given."""
+    kind = type(layer)
+    return (kind is nn.Identity or (kind is nn.Dropout and not layer.training)) and not is_alone(layer)
+
+
+def _are_calm(layers: Sequence[Layer | None], waiting: Any) -> bool:
+    """Whether calls of layers may go before those that wait."""
+    return all(layer is None or _is_calm(layer, waiting) for layer in layers)
+
+
+def _is_calm(layer: Any, waiting: Any) -> bool:
+    if layer in waiting or is_watched(layer):
+        return False
+    kind = type(layer)
+    if kind in _CALM:
+        return True
+    plain = kind.forward is nn.Sequential.forward or getattr(kind, "plain", False)
+    return plain and all(_is_calm(child, waiting) for child in layer._modules.values() if child is not None)
+
+
+def add(left: Any, right: Any, inplace: bool, layers: Sequence[Layer | None]) -> Any:
+    """``left + right``, or ``left += right``, and layers on it. One of the two may be a :class:`Pending`."""
+    pending, residual = (left, right) if type(left) is Pending else (right, left)
+    layers = [layer for layer in layers if layer is not None]
+    if type(pending) is Pending:
+        conv, norm, input = pending.conv, pending.norm, pending.input
+        layer = layers[0] if layers and activation_of(layers[0]) is not None else None
+        if type(residual) in PLAIN and _is_chain(conv, norm, layer, input, residual):
+            return run_layers(layers[layer is not None :], _chain(conv, norm, layer, input, residual))
+        output = _one_by_one(conv, norm, None, input)
+        left, right = (output, right) if pending is left else (left, output)
+    return run_layers(layers, operator.iadd(left, right) if inplace else left + right)
+
+
+RUN, DEFER, ADD = run_layers, defer, add
+
+
+def run_chain(
+    conv: nn.Module,
+    norm: nn.Module | None,
+    layer: Layer | None,
+    input: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``layer(norm(conv(input)) + residual)`` in one call; layer by layer where something is unusual.
+
+    That is a layer of another type, with hooks or a forward of its own, or a tensor that no kernel serves, or
+    that would be broadcast or converted.
+    """
+    if _is_chain(conv, norm, layer, input, residual):
+        return _chain(conv, norm, layer, input, residual, backend)
+    return _one_by_one(conv, norm, layer, input, residual)
+
+
+def _one_by_one(conv, norm, layer, input, residual=None):
+    output = conv(input)
+    output = output if norm is None else norm(output)
+    output = output if residual is None else output + residual
+    return output if layer is None else layer(output)
+
+
+def _is_chain(conv, norm, layer, input, residual) -> bool:
+    return (
+        type(conv) in CONVOLUTIONS
+        and (norm is None or type(norm) is nn.BatchNorm2d)
+        and (layer is None or _can_follow(norm, activation_of(layer)))
+        and getattr(conv, "activation", None) is None
+        and getattr(conv, "algorithm", None) is None
+        and not any(map(is_alone, (conv, norm, layer)))
+        and type(input) in PLAIN
+        and takes(input, conv.weight, conv.bias)
+        and _is_ordinary(conv, norm, input)
+        and (residual is None or _fits(conv, input, residual))
+    )
+
+
+def _can_follow(norm: nn.Module | None, activation: str | None) -> bool:
+    """Without a normalisation, gradients of a curve would compute the convolution again."""
+    curved = activation not in (None, "relu", "relu6")
+    return activation is not None and not (norm is None and curved and torch.is_grad_enabled())
+
+
+def _is_ordinary(conv: nn.Module, norm: nn.BatchNorm2d | None, input: torch.Tensor) -> bool:
+    """Else PyTorch's layers raise errors of their own."""
+    if input.shape[1] != conv.in_channels:
+        return False
+    if norm is None:
+        return True
+    numbers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return (
+        norm.num_features == conv.out_channels
+        and norm.eps > 0
+        and (norm.running_mean is not None or not norm.track_running_stats)
+        and all(t is None or (type(t) in PLAIN and t.device == input.device) for t in numbers)
+        and (not norm.training or input.shape[0] * input.shape[2] * input.shape[3] > 1)
+    )
+
+
+def _fits(conv: nn.Module, input: torch.Tensor, residual: torch.Tensor) -> bool:
+    """Whether a residual has the shape, type and device of what is normalised."""
+    dtype = torch.get_autocast_dtype(input.device.type) if is_autocast(input) else input.dtype
+    if type(residual) not in PLAIN or residual.dtype != dtype or residual.device != input.device:
+        return False
+    geometry = (conv.kernel_size, conv.stride, conv.dilation)
+    if conv.padding_mode == "zeros":
+        top, bottom, left, right = padding_sides(conv.padding, *geometry)
+    else:
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+    sizes = (
+        output_size(size, kernel, stride, padding, dilation)
+        for size, kernel, stride, dilation, padding in zip(
+            input.shape[2:], *geometry, (top + bottom, left + right)
+        )
+    )
+    return residual.shape == (input.shape[0], conv.out_channels, *sizes)
+
+
+def _chain(conv, norm, layer, input, residual=None, backend=None):
+    backend = backend or getattr(conv, "backend", None)
+    return conv_norm_act(
+        conv, norm, None if layer is None else activation_of(layer), input, residual, backend
+    )
+
+
+def conv_norm_act(
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    activation: str | None,
+    input: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """What layers of PyTorch, an addition and an activation do, ``norm``'s counter of batches too."""
+    if conv.padding_mode != "zeros":
+        input = nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+    geometry = {
+        "stride": conv.stride,
+        "padding": conv.padding if conv.padding_mode == "zeros" else 0,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+    }
+    if norm is None:
+        return convolve(input, conv.weight, conv.bias, geometry, activation, residual, backend)
+    training = norm.training or norm.running_mean is None
+    tracks = norm.training and norm.track_running_stats
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    counts = tracks and norm.num_batches_tracked is not None
+    if counts and norm.momentum is None:
+        momentum = 1.0 / float(norm.num_batches_tracked + 1)
+    running = (None, None) if training and not tracks else (norm.running_mean, norm.running_var)
+    output = conv_bn_act(
+        input,
+        conv.weight,
+        conv.bias,
+        *running,
+        norm.weight,
+        norm.bias,
+        training=training,
+        momentum=momentum,
+        eps=norm.eps,
+        **geometry,
+        activation=activation,
+        residual=residual,
+        backend=backend,
+    )
+    if counts:
+        norm.num_batches_tracked.add_(1)
+    return output
+
+
+def _run_linear(linear: nn.Linear, layer: Layer, input: Any) -> Any:
+    """``layer(linear(input))``; of images in channels_last, without gradients, as a 1x1 convolution."""
+    if not torch.is_grad_enabled() and type(input) in PLAIN and input.dim() == 4 and input.is_contiguous():
+        images = input.permute(0, 3, 1, 2)
+        if not any(map(is_alone, (linear, layer))) and input.shape[3] == linear.in_features:
+            weight = made_of((linear.weight,), "1x1", (), lambda weight: weight[:, :, None, None])
+            if weight is not None and takes(images, weight, linear.bias):
+                output = conv2d(images, weight, linear.bias, activation=activation_of(layer))
+                return output.permute(0, 2, 3, 1)
+    return layer(linear(input))
