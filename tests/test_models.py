@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import SMALL, parameters, randomize_norms
 from torch import nn
 
 import fastconv
@@ -18,33 +19,6 @@ from fastconv.cli.compare import calibrate
 from fastconv.nn import DepthwiseConv2d
 
 SHAPES = Path(__file__).parents[1] / "benchmarks/shapes"
-# Every family at a size that runs in a moment: name, options, input.
-SMALL = {
-    "mobilenet_v1": ("mobilenet_v1", {"width": 0.25, "num_classes": 10, "in_channels": 1}, (4, 1, 32, 32)),
-    "resnet18": ("resnet18", {"num_classes": 10}, (2, 3, 40, 48)),
-    "resnet50": ("resnet50", {"num_classes": 10}, (2, 3, 33, 33)),
-    "plain18": ("plain18", {"num_classes": 10}, (2, 3, 33, 33)),
-    "resnet20": ("resnet20", {"in_channels": 1}, (4, 1, 16, 16)),
-    "plain20": ("plain20", {}, (4, 3, 16, 16)),
-    "shufflenet": ("shufflenet_v1", {"scale": 0.25, "groups": 2, "num_classes": 10}, (4, 3, 48, 48)),
-    "shallow": (
-        "shufflenet_v1",
-        {"scale": 0.25, "shallow": True, "se": True, "num_classes": 10},
-        (4, 3, 48, 48),
-    ),
-    "unshuffled": (
-        "shufflenet_v1",
-        {"scale": 0.25, "groups": 4, "shuffle": False, "num_classes": 10},
-        (4, 3, 48, 48),
-    ),
-    "shift_resnet20": ("shift_resnet20", {"expansion": 3, "num_classes": 10}, (4, 3, 16, 16)),
-    "tsm_resnet18": ("tsm_resnet18", {"segments": 3, "num_classes": 10}, (6, 3, 33, 33)),
-    "stacked_resnet18": ("stacked_resnet18", {"segments": 3, "num_classes": 10}, (2, 3, 3, 33, 33)),
-}
-
-
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -108,15 +82,6 @@ def test_resnet_is_the_one_of_transformers(depth, kind, monkeypatch):
     with torch.no_grad():
         expected = theirs(x).logits
         torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-
-
-def randomize_norms(model):
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
 
 
 @pytest.mark.parametrize("name, gigas", [("resnet18", 1.81), ("resnet50", 4.09)])
@@ -298,6 +263,7 @@ def test_plain_is_the_same_network_from_torch_alone(name, options, shape):
     results, cotangent = [], None
     for model in (ours, plain):
         image = x.clone().requires_grad_()
+        torch.manual_seed(1)  # the same values are dropped
         y = model.train()(image)
         cotangent = torch.randn_like(y) if cotangent is None else cotangent
         results.append([y.detach(), *torch.autograd.grad(y, [image, *model.parameters()], cotangent)])
@@ -331,7 +297,11 @@ def test_copies_and_pickles(name, options, shape):
             assert torch.equal(again(x), expected)
 
 
-@pytest.mark.parametrize("small", ["resnet20", "shufflenet", "shift_resnet20", "tsm_resnet18"])
+SERVED = ["resnet20", "shufflenet", "shift_resnet20", "tsm_resnet18", "mobilenet_v2", "efficientnet_b0"]
+SERVED += ["convnext_t", "squeezenet1_0", "densenet121"]
+
+
+@pytest.mark.parametrize("small", SERVED)
 def test_optimize_serves_the_plain_network(small):
     name, options, shape = SMALL[small]
     model, x = models.create(name, **options, plain=True).eval(), torch.randn(shape)
@@ -349,6 +319,7 @@ COMMANDS = [
     ("shufflenet_v1", "2,3,32,32", ("scale=0.25", "groups=2")),
     ("shift_resnet20", "2,3,16,16", ()),
     ("tsm_resnet18", "2,3,32,32", ("segments=2",)),
+    ("mobilenet_v2", "2,3,32,32", ("width=0.25",)),
 ]
 
 

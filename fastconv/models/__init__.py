@@ -1,7 +1,7 @@
 """The networks that the library is measured on; each file of this folder is one of them.
 
 >>> fastconv.models.list()
-['mobilenet_v1', 'plain18', ..., 'resnet50', ..., 'shufflenet_v1', ..., 'tsm_resnet18', 'tsm_resnet50']
+['convnext_b', ..., 'densenet121', ..., 'efficientnet_b0', ..., 'mobilenet_v1', 'mobilenet_v2', ...]
 >>> model = fastconv.models.create("mobilenet_v1", width=0.5)
 >>> the_same = fastconv.models.create("mobilenet_v1", width=0.5, plain=True)  # torch.nn alone
 """
@@ -15,26 +15,41 @@ from torch import nn
 
 from ._registry import NETWORKS
 from .cifar_resnet import CifarResNet, cifar_resnet
+from .convnext import ConvNeXt, convnext
+from .densenet import DenseNet, densenet
+from .efficientnet import EfficientNet, efficientnet
 from .mobilenet_v1 import MobileNetV1, mobilenet_v1
+from .mobilenet_v2 import MobileNetV2, mobilenet_v2
 from .resnet import ResNet, resnet
 from .shift_resnet import shift_resnet
 from .shufflenet_v1 import ShuffleNetV1, shufflenet_v1
+from .squeezenet import SqueezeNet, squeezenet1_0
 from .tsm_resnet import StackedResNet, TSMResNet, stacked_resnet, tsm_resnet
 
 __all__ = [
     "CifarResNet",
+    "ConvNeXt",
+    "DenseNet",
+    "EfficientNet",
     "MobileNetV1",
+    "MobileNetV2",
     "ResNet",
     "ShuffleNetV1",
+    "SqueezeNet",
     "StackedResNet",
     "TSMResNet",
     "cifar_resnet",
+    "convnext",
     "create",
+    "densenet",
+    "efficientnet",
     "list",
     "mobilenet_v1",
+    "mobilenet_v2",
     "resnet",
     "shift_resnet",
     "shufflenet_v1",
+    "squeezenet1_0",
     "stacked_resnet",
     "tsm_resnet",
 ]

@@ -17,7 +17,9 @@ def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return build
 
 
-def register_depths(name: str, build: Callable[..., nn.Module], depths: Iterable[int], **fixed: Any) -> None:
-    """``resnet18``, ``resnet34``, ...: networks that one function builds, given the depth first."""
-    for depth in depths:
-        NETWORKS[f"{name}{depth}"] = functools.partial(build, depth, **fixed)
+def register_variants(
+    name: str, build: Callable[..., nn.Module], variants: Iterable[int | str], **fixed: Any
+) -> None:
+    """``resnet18``, ``resnet34``, ...: networks that one function builds, given the variant first."""
+    for variant in variants:
+        NETWORKS[f"{name}{variant}"] = functools.partial(build, variant, **fixed)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import pad, relu
 
 from ._layers import conv_type, initialize, stage
-from ._registry import register_depths
+from ._registry import register_variants
 from .resnet import BasicBlock
 
 
@@ -91,5 +91,5 @@ def cifar_resnet(
     return CifarResNet(depth, unit, num_classes, in_channels, conv)
 
 
-register_depths("resnet", cifar_resnet, (20, 32, 44, 56, 110, 1202))
-register_depths("plain", cifar_resnet, (20, 56), residual=False)
+register_variants("resnet", cifar_resnet, (20, 32, 44, 56, 110, 1202))
+register_variants("plain", cifar_resnet, (20, 56), residual=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ._layers import depthwise, initialize
+from ._layers import conv_norm_act, depthwise, initialize
 from ._registry import register
 
 # (filters, stride) of each separable block, at width 1.
@@ -30,7 +30,7 @@ class MobileNetV1(nn.Module):
         if not width > 0:
             raise ValueError(f"width must be above 0, got {width}")
         channels = max(1, int(32 * width))
-        layers = [_conv_bn_relu(nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False))]
+        layers = [conv_norm_act(nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False))]
         for filters, stride in BLOCKS:
             filters = max(1, int(filters * width))
             layers.append(_separable(channels, filters, stride, plain))
@@ -44,14 +44,10 @@ class MobileNetV1(nn.Module):
         return self.classifier(x.mean((2, 3)))
 
 
-def _conv_bn_relu(conv: nn.Conv2d) -> nn.Sequential:
-    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True))
-
-
 def _separable(channels: int, filters: int, stride: int, plain: bool) -> nn.Sequential:
     return nn.Sequential(
-        _conv_bn_relu(depthwise(channels, stride, plain)),
-        _conv_bn_relu(nn.Conv2d(channels, filters, 1, bias=False)),
+        conv_norm_act(depthwise(channels, stride, plain)),
+        conv_norm_act(nn.Conv2d(channels, filters, 1, bias=False)),
     )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import relu
 
 from ._layers import conv_type, initialize, stage
-from ._registry import register_depths
+from ._registry import register_variants
 
 
 class BasicBlock(nn.Module):
@@ -152,5 +152,5 @@ def resnet(
     return ResNet(depth, num_classes, in_channels, residual, plain)
 
 
-register_depths("resnet", resnet, DEPTHS)
-register_depths("plain", resnet, UNLINKED, residual=False)
+register_variants("resnet", resnet, DEPTHS)
+register_variants("plain", resnet, UNLINKED, residual=False)

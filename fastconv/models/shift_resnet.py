@@ -9,7 +9,7 @@ from torch.nn.functional import pad, relu
 from ..nn import CSC, Shift2d
 from ..nn.csc import expanded
 from ._layers import conv_type
-from ._registry import register_depths
+from ._registry import register_variants
 from .cifar_resnet import CifarResNet
 
 
@@ -85,4 +85,4 @@ def shift_resnet(
     return CifarResNet(depth, unit, num_classes, in_channels, conv_type(plain))
 
 
-register_depths("shift_resnet", shift_resnet, (20, 56, 110))
+register_variants("shift_resnet", shift_resnet, (20, 56, 110))

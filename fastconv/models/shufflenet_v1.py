@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, relu
 
 from ..nn import ChannelShuffle, GroupConv2dShuffle
-from ._layers import conv_type, depthwise, initialize, stage
+from ._layers import SqueezeExcite, conv_type, depthwise, initialize, stage
 from ._registry import register
 
 # Groups, and the channels of the first stage at scale 1; each stage doubles them.
@@ -18,23 +18,6 @@ UNITS = (4, 8, 4)  # of each stage; the first has stride 2
 # The paper tells the layers of the shallow network (half the units) and its MACs (40 M), not its channels:
 # so many times more have these MACs.
 SHALLOW = 1.45
-
-
-class SqueezeExcite(nn.Module):
-    """Weighs each channel by what all channels' means say; two 1x1 convolutions, ``channels // 16`` between.
-
-    Reference: Hu et al., "Squeeze-and-Excitation Networks", 2017, arXiv:1709.01507.
-    """
-
-    def __init__(self, channels: int, conv: type[nn.Conv2d]) -> None:
-        super().__init__()
-        between = max(1, channels // 16)
-        self.fc1 = conv(channels, between, 1)
-        self.fc2 = conv(between, channels, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights = relu(self.fc1(x.mean((2, 3), keepdim=True)), inplace=True)
-        return x * self.fc2(weights).sigmoid()
 
 
 class ShuffleUnit(nn.Module):
@@ -75,7 +58,7 @@ class ShuffleUnit(nn.Module):
         self.bn2 = nn.BatchNorm2d(narrow)
         self.conv3 = conv_type(plain)(narrow, branch, 1, groups=groups, bias=False)
         self.bn3 = nn.BatchNorm2d(branch)
-        self.se = SqueezeExcite(filters, conv_type(plain)) if se else nn.Identity()
+        self.se = SqueezeExcite(filters, max(1, filters // 16), conv_type(plain)) if se else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = relu(self.bn1(self.shuffle(self.conv1(x))), inplace=True)

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from ..nn import TemporalShift
 from ..ops._arguments import integer
-from ._registry import register_depths
+from ._registry import register_variants
 from .resnet import BasicBlock, Bottleneck, ResNet
 
 DEPTHS = (18, 50)
@@ -145,5 +145,5 @@ def stacked_resnet(
     return StackedResNet(depth, segments, num_classes, in_channels, plain)
 
 
-register_depths("tsm_resnet", tsm_resnet, DEPTHS)
-register_depths("stacked_resnet", stacked_resnet, DEPTHS)
+register_variants("tsm_resnet", tsm_resnet, DEPTHS)
+register_variants("stacked_resnet", stacked_resnet, DEPTHS)
