@@ -78,8 +78,12 @@ def _nodes(values: Iterable[Any]) -> list[fx.Node]:
 
 def memory_of(*nodes: Any) -> set[int]:
     """The memories that tensors lie in; numbers that tell whether two are the same, while both live."""
-    tensors = (leaf for node in nodes for leaf in tree_leaves(value_of(node)))
-    return {tensor.untyped_storage()._cdata for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    return storages([value_of(node) for node in nodes])
+
+
+def storages(values: Any) -> set[int]:
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def is_written(nodes: Iterable[fx.Node], memory: set[int]) -> bool:

@@ -95,15 +95,19 @@ def compile_graph(
     What was found is logged, as INFO of the logger ``"fastconv"``.
     """
     from ._fusion import fuse
+    from ._layouts import use_channels_last
     from ._prepared import Prepared
     from ._rewrite import rewrite
 
     graph_module = _copy(graph_module)
     rows = rewrite(graph_module)
+    converted = use_channels_last(graph_module)
     prepared = Prepared(graph_module, example_inputs)
     rows += fuse(graph_module, prepared)
     done = Counter(f"{row.op} ({row.idiom})" for row in rows if row.reason is None)
     log.info("graph: %s", ", ".join(f"{count} {what}" for what, count in done.items()) or "nothing replaced")
+    if converted:
+        log.info("graph: its images are converted to channels_last first")
     for row in rows:
         if row.reason is not None:
             log.info("graph: %s at %s stays with PyTorch: %s", row.op, row.where or row.node, row.reason)

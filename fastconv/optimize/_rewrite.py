@@ -102,10 +102,10 @@ def _output_for(image: torch.Tensor) -> torch.Tensor:
 
 def same_pixels(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether the images of two dense batches lie in the same way."""
-    return _same_strides(list(zip(a.shape, a.stride(), b.stride()))[1:])
+    return same_strides(list(zip(a.shape, a.stride(), b.stride()))[1:])
 
 
-def _same_strides(dims: Iterable[tuple[Any, Any, Any]]) -> bool:
+def same_strides(dims: Iterable[tuple[Any, Any, Any]]) -> bool:
     return all(known(size == 1) or known(a == b) for size, a, b in dims)
 
 
