@@ -35,13 +35,13 @@ def empty():
 @pytest.fixture
 def packs(monkeypatch):
     """The shapes of the weights that were packed to be kept."""
-    seen, pack = [], store._pack
+    seen, pack = [], store.pack_weight
 
     def watched(name, weight, *arguments):
         seen.append(tuple(weight.shape))
         return pack(name, weight, *arguments)
 
-    monkeypatch.setattr(store, "_pack", watched)
+    monkeypatch.setattr(store, "pack_weight", watched)
     return seen
 
 

@@ -23,11 +23,12 @@ def folded_weight(
     ``p = bn_weight / sqrt(running_var + eps)``. Kept from call to call where no gradient is needed.
     """
     tensors = (weight, bias, running_mean, running_var, bn_weight, bn_bias)
-    made = made_of(tensors, "fold", (eps,), _fold)
-    return _fold(*tensors, eps) if made is None else made
+    made = made_of(tensors, "fold", (eps,), fold)
+    return fold(*tensors, eps) if made is None else made
 
 
-def _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps):
+def fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps):
+    """The same, made anew."""
     exact = torch.promote_types(weight.dtype, torch.float32)
     scale = torch.rsqrt(running_var.to(exact) + eps)
     if bn_weight is not None:

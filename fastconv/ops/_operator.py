@@ -150,6 +150,10 @@ class Operator:
         """The ``torch.autograd.Function`` of one backend's kernels."""
         return self._functions[OVERLOADS[backend]]
 
+    def overload(self, backend: str) -> torch._ops.OpOverload:
+        """What one backend's kernels are called by."""
+        return self._ops[OVERLOADS[backend]]
+
     def __call__(self, backend: str, *arguments: Any) -> Any:
         """Runs the operator with one backend's kernels, differentiably."""
         op = self._ops[OVERLOADS[backend]]

@@ -97,10 +97,11 @@ _lock = threading.RLock()  # a weight may die, and be forgotten, while this thre
 
 def packed_weight(name: str, weight: torch.Tensor, *arguments: object) -> torch.Tensor | None:
     """What ``torch.ops.fastconv.<name>_pack_weight`` makes of a weight; None where nothing may be kept."""
-    return made_of((weight,), name, arguments, lambda *operands: _pack(name, *operands))
+    return made_of((weight,), name, arguments, lambda *operands: pack_weight(name, *operands))
 
 
-def _pack(name: str, weight: torch.Tensor, *arguments: object) -> torch.Tensor:
+def pack_weight(name: str, weight: torch.Tensor, *arguments: object) -> torch.Tensor:
+    """The same, made anew."""
     return getattr(torch.ops.fastconv, f"{name}_pack_weight")(weight, *arguments)
 
 

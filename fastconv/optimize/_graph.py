@@ -86,21 +86,45 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """The backend of ``torch.compile(model, backend="fastconv")``: :func:`optimize_graph`, then Inductor.
 
+    Chains of a convolution and what follows it become one call, too.
+
     Args:
         graph_module, example_inputs: from Dynamo.
         mode, options: as ``torch.compile`` takes them for Inductor.
 
     What was found is logged, as INFO of the logger ``"fastconv"``.
     """
+    from ._fusion import fuse
+    from ._layouts import use_channels_last
+    from ._prepared import Prepared
     from ._rewrite import rewrite
 
+    graph_module = _copy(graph_module)
     rows = rewrite(graph_module)
+    converted = use_channels_last(graph_module)
+    prepared = Prepared(graph_module, example_inputs)
+    rows += fuse(graph_module, prepared)
     done = Counter(f"{row.op} ({row.idiom})" for row in rows if row.reason is None)
     log.info("graph: %s", ", ".join(f"{count} {what}" for what, count in done.items()) or "nothing replaced")
+    if converted:
+        log.info("graph: its images are converted to channels_last first")
     for row in rows:
         if row.reason is not None:
             log.info("graph: %s at %s stays with PyTorch: %s", row.op, row.where or row.node, row.reason)
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
-    return torch._dynamo.lookup_backend("inductor")(
-        graph_module, example_inputs, config_patches=patches or None
+    compiled = torch._dynamo.lookup_backend("inductor")(
+        graph_module, [*example_inputs, *prepared.examples], config_patches=patches or None
     )
+    return prepared.bind(compiled)
+
+
+def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo reads its own graph again; this one may get further inputs."""
+    copied = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    for name, value in vars(graph_module).items():  # what Inductor is told of the program
+        vars(copied).setdefault(name, value)
+    copied.meta = dict(graph_module.meta)
+    for old, new in zip(*(m.graph.find_nodes(op="placeholder") for m in (graph_module, copied))):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return copied

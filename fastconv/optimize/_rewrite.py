@@ -38,10 +38,10 @@ def rewrite(graph_module: fx.GraphModule, obstacle: str | None = None) -> list[G
             continue
         image = value_of(match.input)
         reason = obstacle or match.obstacle() or no_kernel(match.op, None, image)
-        memory_format = None if _follows_input(match) else _memory_format_of(value_of(match.result))
+        memory_format = None if _follows_input(match) else memory_format_in_graph(value_of(match.result))
         if reason is None and memory_format is None and not _lies_as(match, image):
             reason = "its result lies in memory as no operator's result does"
-        rows.append(GraphReport(match.op, match.idiom, match.result.name, _where(match.result), reason))
+        rows.append(GraphReport(match.op, match.idiom, match.result.name, where(match.result), reason))
         if reason is None:
             _replace(match, memory_format)
         else:
@@ -59,16 +59,16 @@ def _follows_input(match: Match) -> bool:
 
 def _lies_as(match: Match, image: torch.Tensor) -> bool:
     return len(match.nodes) == 1 or (
-        _follows_input(match) and _same_pixels(_output_for(image), value_of(match.result))
+        _follows_input(match) and same_pixels(_output_for(image), value_of(match.result))
     )
 
 
-def _memory_format_of(result: torch.Tensor) -> torch.memory_format | None:
+def memory_format_in_graph(result: torch.Tensor) -> torch.memory_format | None:
     """The one that the result has in this graph; None if neither. Views and copies always end in the same."""
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        with _no_guards(result.fake_mode), result.fake_mode:
+        with no_guards(result.fake_mode), result.fake_mode:
             dense = torch.empty(result.shape, memory_format=memory_format)
-        if _same_pixels(dense, result):
+        if same_pixels(dense, result):
             return memory_format
     return None
 
@@ -96,20 +96,20 @@ def _replace(match: Match, memory_format: torch.memory_format | None) -> None:
 
 def _output_for(image: torch.Tensor) -> torch.Tensor:
     """Of any of the operators: it is like the image."""
-    with _no_guards(image.fake_mode), image.fake_mode:
+    with no_guards(image.fake_mode), image.fake_mode:
         return new_output(image, image.shape)
 
 
-def _same_pixels(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_pixels(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether the images of two dense batches lie in the same way."""
-    return _same_strides(list(zip(a.shape, a.stride(), b.stride()))[1:])
+    return same_strides(list(zip(a.shape, a.stride(), b.stride()))[1:])
 
 
-def _same_strides(dims: Iterable[tuple[Any, Any, Any]]) -> bool:
+def same_strides(dims: Iterable[tuple[Any, Any, Any]]) -> bool:
     return all(known(size == 1) or known(a == b) for size, a, b in dims)
 
 
-def _no_guards(mode: FakeTensorMode) -> contextlib.AbstractContextManager:
+def no_guards(mode: FakeTensorMode) -> contextlib.AbstractContextManager:
     """Within the block, what is asked about the mode's symbols becomes no condition of the graph."""
     return contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
 
@@ -150,6 +150,6 @@ def learn_shapes(graph_module: fx.GraphModule, example_input: Any) -> str | None
     return None
 
 
-def _where(node: fx.Node) -> str | None:
+def where(node: fx.Node) -> str | None:
     frames = re.findall(r'File "(.+?)", line (\d+)', node.stack_trace or "")
     return ":".join(frames[-1]) if frames else None
