@@ -43,6 +43,15 @@ void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
   }
 }
 
+// The same of kernels that know float32 and float64 alone.
+template <typename Body>
+void dispatch_sum_type(const Tensor& tensor, const char* name, const Body& body) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name,
+                  " must be float32 or float64");
+  type == ScalarType::Float ? body(float{}) : body(double{});
+}
+
 // The type that sums of a kernel's values are kept in.
 template <typename T>
 constexpr ScalarType accumulate_dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
@@ -141,6 +150,15 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// A bias of one value for each channel, dense.
+inline void check_bias(std::optional<Tensor>& bias, const Tensor& input, int64_t channels) {
+  if (!bias) return;
+  check_rank(*bias, 1, "bias");
+  check_size(*bias, 0, channels, "bias");
+  check_like(*bias, input, "bias");
+  bias = as_contiguous(*bias);
+}
+
 inline Integers sizes_of(const Tensor& tensor) {
   return Integers(tensor.sizes().begin(), tensor.sizes().end());
 }
@@ -154,6 +172,13 @@ inline Tensor new_tensor(const Integers& sizes, const Tensor& like,
     for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     STD_TORCH_CHECK(false, "there is no memory for a result of shape (", shape, ")");
   }
+}
+
+// The output of a convolution that gathers mean and variance.
+inline Tensor new_moments_output(const Tensor& input, const Integers& sizes) {
+  STD_TORCH_CHECK(input.numel() > 0, "input must not be empty: no values have no mean");
+  STD_TORCH_CHECK(memory_format_of(input) == MemoryFormat::ChannelsLast, "input must be channels_last");
+  return new_tensor(sizes, input, MemoryFormat::ChannelsLast);
 }
 
 // Gradients of a convolution's input, weight and bias, not initialised; of size 0 where they are not needed.

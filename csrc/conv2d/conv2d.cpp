@@ -74,7 +74,29 @@ Tensor pack_weight(Tensor weight, int64_t groups, std::string algorithm) {
   return packed;
 }
 
+// Convolution, and mean and variance of each channel of it.
+std::tuple<Tensor, Tensor, Tensor> moments(Tensor input, Tensor weight, std::optional<Tensor> bias,
+                                           Integers stride, Integers padding, Integers dilation,
+                                           int64_t groups, std::string algorithm,
+                                           std::optional<std::string>) {
+  const Conv2dShape shape = conv2d_shape(input, weight, stride, padding, dilation, groups);
+  check_bias(bias, input, shape.out_channels);
+  const Tensor output = new_moments_output(input, output_sizes(shape));
+  const Tensor mean = new_tensor({shape.out_channels}, input),
+               variance = new_tensor({shape.out_channels}, input);
+  input = as_format(input, format_of(shape));
+  weight = as_contiguous(weight);
+  dispatch_sum_type(input, "input", [&](auto element) {
+    using T = decltype(element);
+    Cpu::find<Conv2dMomentsVariant<T>>(algorithm, shape)
+        .forward(const_data<T>(input), const_data<T>(weight), const_data<T>(bias), mutable_data<T>(output),
+                 mutable_data<T>(mean), mutable_data<T>(variance), shape, torch_threads);
+  });
+  return {output, mean, variance};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) {
+  library.impl("conv2d_moments", TORCH_BOX(&moments));
   library.impl("conv2d_pack_weight", TORCH_BOX(&pack_weight));
 }
 #endif

@@ -71,6 +71,17 @@ struct Conv2dEpilogue {
                                                const Conv2dEpilogue<T>& epilogue, T* output, \
                                                const Conv2dShape& shape, ParallelFor threads);
 
+// Some gather mean and variance (out_channels) of what they store, of channels_last images in float or
+// double. The weight is as it lies.
+#define FASTCONV_CONV2D_MOMENTS_CPU(variant)                                                             \
+  template <typename T>                                                                                  \
+  void conv2d_##variant##_forward_moments_cpu(const T* input, const T* weight, const T* bias, T* output, \
+                                              T* mean, T* variance, const Conv2dShape& shape,            \
+                                              ParallelFor threads);
+#define FASTCONV_CONV2D_INSTANTIATE_MOMENTS(variant, T)                                          \
+  template void conv2d_##variant##_forward_moments_cpu(const T*, const T*, const T*, T*, T*, T*, \
+                                                       const Conv2dShape&, ParallelFor);
+
 // The CUDA kernels launch on `stream` (a cudaStream_t) of the current device and return at once. They return
 // false, and have done nothing, where they do not serve a shape. grad_weight sums in two stages: first into
 // `workspace`, which holds conv2d_<variant>_grad_weight_workspace(shape) values of accumulate_t<T>, then in a
@@ -90,12 +101,15 @@ struct Conv2dEpilogue {
   macro(direct) macro(im2col) macro(winograd_f2) macro(winograd_f4) macro(winograd_f6) macro(grouped) \
       macro(plain)
 #define FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(macro) macro(winograd_f2) macro(winograd_f4) macro(winograd_f6)
+#define FASTCONV_CONV2D_MOMENTS_CPU_VARIANTS(macro) \
+  macro(direct) macro(winograd_f2) macro(winograd_f4) macro(winograd_f6)
 // implicit_gemm takes float16 and bfloat16 with groups of multiples of 8 channels; direct needs a patch of
 // the input to fit in shared memory; im2col serves every shape.
 #define FASTCONV_CONV2D_CUDA_VARIANTS(macro) macro(implicit_gemm) macro(direct) macro(im2col)
 // clang-format off
 FASTCONV_DECLARE_CPU(FASTCONV_CONV2D_CPU_VARIANTS(FASTCONV_CONV2D_CPU)
-                         FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(FASTCONV_CONV2D_UNPACKED_CPU))
+                         FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(FASTCONV_CONV2D_UNPACKED_CPU)
+                             FASTCONV_CONV2D_MOMENTS_CPU_VARIANTS(FASTCONV_CONV2D_MOMENTS_CPU))
 FASTCONV_CONV2D_CUDA_VARIANTS(FASTCONV_CONV2D_CUDA)
 // clang-format on
 

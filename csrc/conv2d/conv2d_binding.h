@@ -75,15 +75,6 @@ inline void check_like_output(const Tensor& tensor, const Tensor& input, const C
   for (int dim = 0; dim < 4; ++dim) check_size(tensor, dim, expected[dim], name);
 }
 
-// A bias of one value for each channel, dense.
-inline void check_bias(std::optional<Tensor>& bias, const Tensor& input, int64_t channels) {
-  if (!bias) return;
-  check_rank(*bias, 1, "bias");
-  check_size(*bias, 0, channels, "bias");
-  check_like(*bias, input, "bias");
-  bias = as_contiguous(*bias);
-}
-
 // What a variant's kernels take for granted. fastconv.conv2d says the same in words before it comes to this.
 inline bool serves(const std::string& variant, const Conv2dShape& s) {
   if (variant.starts_with("winograd"))
@@ -101,6 +92,12 @@ struct Conv2dCpuVariant {
   decltype(&portable::conv2d_plain_forward_cpu<T>) forward;
   decltype(&portable::conv2d_plain_grad_weight_cpu<T>) grad_weight;
   decltype(&portable::conv2d_winograd_f2_forward_unpacked_cpu<T>) forward_unpacked = nullptr;  // some have it
+};
+// Kernels that gather moments.
+template <typename T>
+struct Conv2dMomentsVariant {
+  const char* name;
+  decltype(&portable::conv2d_direct_forward_moments_cpu<T>) forward;
 };
 template <typename T>
 struct ConvTranspose2dCpuVariant {
@@ -129,6 +126,7 @@ using ConvTranspose2dCudaVariant = CudaForward<const T*, const T*, const T*, T*,
 #define FASTCONV_CONV2D_CPU_ROW(variant)                                               \
   {#variant, conv2d_##variant##_packed_size<T>, conv2d_##variant##_pack_weight_cpu<T>, \
    conv2d_##variant##_forward_cpu<T>, conv2d_##variant##_grad_weight_cpu<T>},
+#define FASTCONV_CONV2D_MOMENTS_ROW(variant) {#variant, conv2d_##variant##_forward_moments_cpu<T>},
 #define FASTCONV_CONV_TRANSPOSE2D_CPU_ROW(variant)                                                         \
   {#variant, conv_transpose2d_##variant##_packed_size<T>, conv_transpose2d_##variant##_pack_weight_cpu<T>, \
    conv_transpose2d_##variant##_forward_cpu<T>},
@@ -151,6 +149,9 @@ FASTCONV_DECLARE_CPU(
     template <typename T> void list(std::vector<Conv2dCpuVariant<T>>& rows) {
       rows = {FASTCONV_CONV2D_CPU_VARIANTS(FASTCONV_CONV2D_CPU_ROW)};
       FASTCONV_CONV2D_UNPACKED_CPU_VARIANTS(FASTCONV_CONV2D_UNPACKED)
+    } template <typename T>
+    void list(std::vector<Conv2dMomentsVariant<T>>& rows) {
+      rows = {FASTCONV_CONV2D_MOMENTS_CPU_VARIANTS(FASTCONV_CONV2D_MOMENTS_ROW)};
     } template <typename T>
     void list(std::vector<ConvTranspose2dCpuVariant<T>>& rows) {
       rows = {FASTCONV_CONV_TRANSPOSE2D_CPU_VARIANTS(FASTCONV_CONV_TRANSPOSE2D_CPU_ROW)};

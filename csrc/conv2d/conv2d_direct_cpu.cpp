@@ -112,6 +112,20 @@ void conv2d_direct_forward_cpu(const T* input, const accumulate_t<T>* packed,
   direct_convolve(input, packed, epilogue, output, direct_forward(s), threads);
 }
 
+template <typename T>
+void conv2d_direct_forward_moments_cpu(const T* input, const T* weight, const T* bias, T* output, T* mean,
+                                       T* variance, const Conv2dShape& s, ParallelFor threads) {
+  const DirectPass pass = direct_forward(s);
+  const Scratch<T> packed(pass.packed_size<T>());
+  direct_pack(weight, packed.data(), pass, threads);
+  const Conv2dEpilogue<T> epilogue{bias, nullptr, Activation::none};
+  Direct<T, T> direct(input, packed.data(), epilogue, output, pass);
+  PartMoments moments(direct.counts(), s.out_channels);
+  direct.gather(moments);
+  parallel_for(threads, direct.items(), [&](int64_t begin, int64_t end) { direct.compute(begin, end); });
+  moments.merge(mean, variance);
+}
+
 #define FASTCONV_INSTANTIATE(T)                                                                             \
   template void direct_pack(const T*, accumulate_t<T>*, const DirectPass&, ParallelFor);                    \
   template void direct_convolve(const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*,             \
@@ -121,5 +135,7 @@ void conv2d_direct_forward_cpu(const T* input, const accumulate_t<T>* packed,
   template void conv2d_direct_forward_cpu(const T*, const accumulate_t<T>*, const Conv2dEpilogue<T>&, T*,   \
                                           const Conv2dShape&, ParallelFor);
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
+FASTCONV_CONV2D_INSTANTIATE_MOMENTS(direct, float)
+FASTCONV_CONV2D_INSTANTIATE_MOMENTS(direct, double)
 
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY

@@ -1,6 +1,7 @@
 // The pixels of a pass against panels of filters; see conv2d_direct_cpu.cpp.
 #pragma once
 
+#include "../common/moments.h"
 #include "../common/prefetch.h"
 #include "conv2d_direct_cpu.h"
 
@@ -86,6 +87,17 @@ class Direct {
 
   int64_t items() const { return int64_t(chunks_.size()) * pass_.shape.groups * panels_.count(); }
 
+  // Values of a channel in each chunk.
+  std::vector<int64_t> counts() const {
+    std::vector<int64_t> counts;
+    for (const Chunk& chunk : chunks_)
+      counts.push_back((chunk.end - chunk.begin) * pass_.columns(*chunk.phase));
+    return counts;
+  }
+  // Has compute look at what it stores, in channels_last, each chunk a part; forward alone, where a chunk is
+  // one run of pixels.
+  void gather(PartMoments& moments) { moments_ = &moments, streams_ = false; }
+
   void compute(int64_t begin, int64_t end) const {
     Worker worker(*this);
     for (int64_t item = begin; item < end; ++item) {
@@ -94,6 +106,7 @@ class Direct {
       if (worker.chunk != &chunk || worker.group != group) read(worker, chunk, group);
       with_constant<1, most_vectors>(panels_.vectors(panel),
                                      [&](auto vectors) { compute_panel<vectors>(worker, panel); });
+      if (moments_) add_moments(chunk, group * pass_.to_group, panel);
     }
     if (streams_) stream_fence();
   }
@@ -249,6 +262,15 @@ class Direct {
       }
     }
     if (!pass_.shape.channels_last) store_contiguous(worker, first, lanes, line);
+  }
+
+  void add_moments(const Chunk& chunk, int64_t group_channel, int64_t panel) const {
+    const int64_t filter = panel * panels_.width, columns = pass_.columns(*chunk.phase);
+    const int64_t channel = group_channel + filter, row_stride = columns * output_.channels;
+    PartMoments::Part(*moments_, &chunk - chunks_.data(), channel,
+                      std::min<int64_t>(panels_.width, pass_.to_group - filter))
+        .add(PixelRows<T>{output_.data + chunk.begin * row_stride + channel, chunk.end - chunk.begin,
+                          row_stride, columns, output_.channels});
   }
 
   struct Cursor {  // a pixel of a phase
@@ -453,6 +475,7 @@ class Direct {
   bool streams_;          // store past the caches
   int64_t longest_run_ = 1, chunk_pixels_ = 0, most_rows_read_ = 0;
   std::vector<Chunk> chunks_;
+  PartMoments* moments_ = nullptr;  // of what is stored, or null
 };
 
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY

@@ -8,6 +8,7 @@
 // Against direct: 9 M^2 / T^2 = 2.25, 4, 5.06 times fewer multiplications, more rounding.
 // Limits: less than a vector of channels, images not much larger than a tile, weights beyond the caches.
 #include "conv2d_winograd_cpu.h"
+#include "../common/moments.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
@@ -90,6 +91,16 @@ class WinogradConvolution {
 
   int64_t items() const { return grid_.blocks() * pass_.groups * panels_.count(); }
 
+  // Values of a channel in each block.
+  std::vector<int64_t> counts() const {
+    std::vector<int64_t> counts(grid_.blocks());
+    for (int64_t k = 0; k < grid_.blocks(); ++k)
+      for_images(grid_.block(k), [&](const Image<T>&, const Region& pixels) { counts[k] += pixels.area(); });
+    return counts;
+  }
+  // Has compute look at what it stores, in channels_last; each block is a part.
+  void gather(PartMoments& moments) { moments_ = &moments, streams_ = false; }
+
   void compute(int64_t begin, int64_t end) const {
     const int64_t most = grid_.most_tiles();
     const Transformed<A> no_tiles{nullptr, most, pass_.from_group}, no_sums{nullptr, most, panels_.width};
@@ -125,6 +136,8 @@ class WinogradConvolution {
       packed = panel_and_group;
       store_block(block, item.group * pass_.to_group + first, std::min(line, pass_.to_group - first), to,
                   strip.data());
+      if (moments_)
+        add_moments(item.block, item.group * pass_.to_group + first, std::min(line, pass_.to_group - first));
     }
     if (streams_) stream_fence();
   }
@@ -162,6 +175,26 @@ class WinogradConvolution {
       multiply_rows<V>(from.at(p, 0) + channels.begin, from.tile_stride(), 1, from.tiles,
                        panel.weights + p * panel.position, V * L, channels.end - channels.begin,
                        sums.at(p, 0), sums.tile_stride(), channels.begin > 0 ? Sum::continued : Sum::first);
+  }
+
+  // visit(image, its pixels) for each image that a block has outputs of.
+  template <typename Visit>
+  void for_images(const Region& block, const Visit& visit) const {
+    for (int64_t row = block.row_begin; row < block.row_end;) {
+      const Region tiles = grid_.in_one_image(block, row);
+      const Image<T> image = output_.next(row / grid_.high);
+      visit(image, pixels_under(image, tiles, grid_.high, M, M, 0, 0));
+      row = tiles.row_end;
+    }
+  }
+
+  void add_moments(int64_t block, int64_t channel, int64_t filters) const {
+    PartMoments::Part part(*moments_, block, channel, filters);
+    for_images(grid_.block(block), [&](const Image<T>& image, const Region& pixels) {
+      part.add(PixelRows<T>{
+          image.data + (pixels.row_begin * image.width + pixels.column_begin) * image.channels + channel,
+          pixels.rows(), image.row_stride(), pixels.columns(), image.channels});
+    });
   }
 
   // Outputs of a block, `filters` of them from channel `channel`.
@@ -262,7 +295,8 @@ class WinogradConvolution {
   TileGrid grid_;
   Image<T> output_;  // the first of the batch
   TileExpander<InputMatrix<M>, T> reader_;
-  bool streams_;  // store past the caches
+  bool streams_;                    // store past the caches
+  PartMoments* moments_ = nullptr;  // of what is stored, or null
 };
 
 }  // namespace
@@ -300,27 +334,46 @@ void winograd_convolve(const T* input, const WinogradWeights<T>& weights, const 
                [&](int64_t begin, int64_t end) { convolution.compute(begin, end); });
 }
 
-#define FASTCONV_WINOGRAD(M)                                                                           \
-  template <typename T>                                                                                \
-  int64_t conv2d_winograd_f##M##_packed_size(const Conv2dShape& s) {                                   \
-    return winograd_packed_size<M, T>(winograd_forward(s));                                            \
-  }                                                                                                    \
-  template <typename T>                                                                                \
-  void conv2d_winograd_f##M##_pack_weight_cpu(const T* weight, accumulate_t<T>* packed,                \
-                                              const Conv2dShape& s, ParallelFor threads) {             \
-    winograd_pack<M>(weight, packed, winograd_forward(s), threads);                                    \
-  }                                                                                                    \
-  template <typename T>                                                                                \
-  void conv2d_winograd_f##M##_forward_cpu(const T* input, const accumulate_t<T>* packed,               \
-                                          const Conv2dEpilogue<T>& epilogue, T* output,                \
-                                          const Conv2dShape& s, ParallelFor threads) {                 \
-    winograd_convolve<M, T>(input, {nullptr, packed}, epilogue, output, winograd_forward(s), threads); \
-  }                                                                                                    \
-  template <typename T>                                                                                \
-  void conv2d_winograd_f##M##_forward_unpacked_cpu(const T* input, const T* weight,                    \
-                                                   const Conv2dEpilogue<T>& epilogue, T* output,       \
-                                                   const Conv2dShape& s, ParallelFor threads) {        \
-    winograd_convolve<M, T>(input, {weight, nullptr}, epilogue, output, winograd_forward(s), threads); \
+template <int M, typename T>
+void winograd_moments(const T* input, const T* weight, const T* bias, T* output, T* mean, T* variance,
+                      const Conv2dShape& s, ParallelFor threads) {
+  const WinogradPass pass = winograd_forward(s);
+  const Conv2dEpilogue<T> epilogue{bias, nullptr, Activation::none};
+  WinogradConvolution<M, T> convolution(input, {weight, nullptr}, epilogue, output, pass);
+  PartMoments moments(convolution.counts(), s.out_channels);
+  convolution.gather(moments);
+  parallel_for(threads, convolution.items(),
+               [&](int64_t begin, int64_t end) { convolution.compute(begin, end); });
+  moments.merge(mean, variance);
+}
+
+#define FASTCONV_WINOGRAD(M)                                                                                 \
+  template <typename T>                                                                                      \
+  int64_t conv2d_winograd_f##M##_packed_size(const Conv2dShape& s) {                                         \
+    return winograd_packed_size<M, T>(winograd_forward(s));                                                  \
+  }                                                                                                          \
+  template <typename T>                                                                                      \
+  void conv2d_winograd_f##M##_pack_weight_cpu(const T* weight, accumulate_t<T>* packed,                      \
+                                              const Conv2dShape& s, ParallelFor threads) {                   \
+    winograd_pack<M>(weight, packed, winograd_forward(s), threads);                                          \
+  }                                                                                                          \
+  template <typename T>                                                                                      \
+  void conv2d_winograd_f##M##_forward_cpu(const T* input, const accumulate_t<T>* packed,                     \
+                                          const Conv2dEpilogue<T>& epilogue, T* output,                      \
+                                          const Conv2dShape& s, ParallelFor threads) {                       \
+    winograd_convolve<M, T>(input, {nullptr, packed}, epilogue, output, winograd_forward(s), threads);       \
+  }                                                                                                          \
+  template <typename T>                                                                                      \
+  void conv2d_winograd_f##M##_forward_unpacked_cpu(const T* input, const T* weight,                          \
+                                                   const Conv2dEpilogue<T>& epilogue, T* output,             \
+                                                   const Conv2dShape& s, ParallelFor threads) {              \
+    winograd_convolve<M, T>(input, {weight, nullptr}, epilogue, output, winograd_forward(s), threads);       \
+  }                                                                                                          \
+  template <typename T>                                                                                      \
+  void conv2d_winograd_f##M##_forward_moments_cpu(const T* input, const T* weight, const T* bias, T* output, \
+                                                  T* mean, T* variance, const Conv2dShape& s,                \
+                                                  ParallelFor threads) {                                     \
+    winograd_moments<M>(input, weight, bias, output, mean, variance, s, threads);                            \
   }
 FASTCONV_WINOGRAD(2)
 FASTCONV_WINOGRAD(4)
@@ -340,5 +393,10 @@ FASTCONV_WINOGRAD(6)
 #define FASTCONV_INSTANTIATE(T) \
   FASTCONV_INSTANTIATE_TILE(2, T) FASTCONV_INSTANTIATE_TILE(4, T) FASTCONV_INSTANTIATE_TILE(6, T)
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
+#define FASTCONV_INSTANTIATE_MOMENTS(T)               \
+  FASTCONV_CONV2D_INSTANTIATE_MOMENTS(winograd_f2, T) \
+  FASTCONV_CONV2D_INSTANTIATE_MOMENTS(winograd_f4, T) FASTCONV_CONV2D_INSTANTIATE_MOMENTS(winograd_f6, T)
+FASTCONV_INSTANTIATE_MOMENTS(float)
+FASTCONV_INSTANTIATE_MOMENTS(double)
 
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY

@@ -143,6 +143,42 @@ std::tuple<Tensor, Tensor, Tensor> normalize(Tensor input, std::optional<Tensor>
   return result;
 }
 
+#if !defined(FASTCONV_EMULATOR)
+// normalize with a mean and a variance that are known.
+Tensor apply(Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
+             std::optional<Tensor> bias, Tensor mean, Tensor variance, double eps,
+             std::optional<std::string> activation) {
+  check_rank(input, 4, "input");
+  const MemoryFormat format = memory_format_of(input);
+  check_image(residual, input, format, "residual");
+  const Activation parsed = parse_activation(activation);
+  const BatchNormShape shape = shape_of(input, format);
+  const Tensor output = new_tensor(sizes_of(input), input, format);
+  dispatch_dtype(input, "input", [&](auto element) {
+    using T = decltype(element);
+    using A = accumulate_t<T>;
+    std::optional<Tensor> means = mean, variances = variance;
+    check_channels<T>(weight, input, "weight");
+    check_channels<T>(bias, input, "bias");
+    check_channels<T>(means, input, "mean");
+    check_channels<T>(variances, input, "variance");
+    if (shape.size() == 0) return;
+    const Tensor dense = as_format(input, format);
+    const BatchNorm<T> norm{const_data<T>(dense),
+                            const_data<T>(residual),
+                            const_data<A>(weight),
+                            const_data<A>(bias),
+                            A(eps),
+                            parsed};
+    FASTCONV_CALL_CPU(conv_bn_act_vectorized_apply_cpu<T>(
+        norm, const_data<A>(means), const_data<A>(variances), mutable_data<T>(output), shape, torch_threads));
+  });
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) { library.impl("conv_bn_act_apply", TORCH_BOX(&apply)); }
+#endif
+
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> grad_normalize(
     Tensor grad_output, Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,

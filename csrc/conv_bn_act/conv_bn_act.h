@@ -79,7 +79,15 @@ inline FASTCONV_HOST_DEVICE BatchNormChannel<accumulate_t<T>> channel_of(const B
       const accumulate_t<T>* variance, T* grad_input, T* grad_residual, accumulate_t<T>* grad_weight,    \
       accumulate_t<T>* grad_bias, const BatchNormShape& shape, ParallelFor threads);
 
-FASTCONV_DECLARE_CPU(FASTCONV_CONV_BN_ACT_CPU(plain) FASTCONV_CONV_BN_ACT_CPU(vectorized))
+// normalize where mean and variance are known.
+#define FASTCONV_CONV_BN_ACT_APPLY_CPU(variant)                                                 \
+  template <typename T>                                                                         \
+  void conv_bn_act_##variant##_apply_cpu(const BatchNorm<T>& norm, const accumulate_t<T>* mean, \
+                                         const accumulate_t<T>* variance, T* output,            \
+                                         const BatchNormShape& shape, ParallelFor threads);
+
+FASTCONV_DECLARE_CPU(FASTCONV_CONV_BN_ACT_CPU(plain) FASTCONV_CONV_BN_ACT_CPU(vectorized)
+                         FASTCONV_CONV_BN_ACT_APPLY_CPU(vectorized))
 
 // The CUDA kernels launch on `stream` (a cudaStream_t) of the current device and return at once. `workspace`
 // holds conv_bn_act_<variant>_workspace(shape) values.

@@ -1,6 +1,7 @@
 // Batch normalisation and activation behind a convolution, C++, vectorized.
 //
-// Formula: conv_bn_act.h. Mean and variance come block by block, each block while it lies in the cache.
+// Formula: conv_bn_act.h. Mean and variance come block by block; apply is given those that a convolution has
+//   gathered (common/moments.h).
 // One step: a vector of a channel's pixels (contiguous), or of a pixel's channels (channels_last). Where the
 //   channels are no whole vectors, several pixels are taken for one with more channels.
 // Bytes: contiguous images are read once, for a channel's pixels stay in the cache between the passes, and
@@ -89,6 +90,22 @@ void normalize_contiguous(const BatchNorm<T>& norm, T* output, accumulate_t<T>* 
   });
 }
 
+template <typename T>
+void apply_contiguous(const BatchNorm<T>& norm, const accumulate_t<T>* mean, const accumulate_t<T>* variance,
+                      T* output, const BatchNormShape& s, ParallelFor threads) {
+  const bool streams = streams_runs(output, s, s.pixels);
+  parallel_for(threads, s.batch * s.channels, [&](int64_t begin, int64_t end) {
+    with_activation(norm.activation, [&](auto activation) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t c = k % s.channels, plane = k * s.pixels;
+        normalize_run<activation>(norm_of<T>(channel_of(norm, mean[c], variance[c], c)), norm.input + plane,
+                                  at(norm.residual, plane), output + plane, s.pixels, streams);
+      }
+    });
+    if (streams) stream_fence();
+  });
+}
+
 // Whether the residual's gradient is g itself, not rounded: then it need not be computed again.
 template <typename T>
 bool keeps_grad(const T* grad_residual) {
@@ -143,20 +160,6 @@ void grad_contiguous(const T* grad_output, const BatchNorm<T>& norm, const accum
     }
     if (streams) stream_fence();
   });
-}
-
-// body(V{}, vectors, k) for columns of a row: a few vectors, as a constant, from value k on; one by one, what
-// is no whole vector.
-template <typename A, typename Body>
-void for_columns(int64_t width, const Body& body) {
-  constexpr int64_t L = lanes_of<A>, most = 4;
-  int64_t k = 0;
-  while (k + L <= width) {
-    const int64_t vectors = std::min((width - k) / L, most);
-    with_constant<1, most>(vectors, [&](auto constant) { body(Vector<A>{}, constant, k); });
-    k += vectors * L;
-  }
-  for (; k < width; ++k) body(A{}, std::integral_constant<int, 1>{}, k);
 }
 
 // channels_last: slices of rows. A row is so many pixels that their channels are whole vectors; the pixels
@@ -214,7 +217,6 @@ std::vector<A> repeated(int64_t channels, int64_t width, const Number& number) {
 // Mean and sum of squared distances of each value of a row, over the rows of a slice.
 template <typename T>
 struct RowMoments {
-  using A = accumulate_t<T>;
   std::vector<double> mean, squares;
 
   void gather(const T* input, const Slice& slice, int64_t block_rows) {
@@ -222,28 +224,8 @@ struct RowMoments {
     squares.assign(slice.width, 0);
     for (int64_t first = 0; first < slice.rows; first += block_rows) {
       const int64_t rows = std::min(block_rows, slice.rows - first);
-      const double count = double(first), part = double(rows) / double(first + rows);
-      for_columns<A>(slice.width, [&](auto zero, auto vectors, int64_t k) {
-        using V = decltype(zero);
-        const T* block = input + slice.first + first * slice.width + k;
-        V means[vectors] = {}, distances[vectors] = {};
-        for (int64_t row = 0; row < rows; ++row)
-          for (int v = 0; v < vectors; ++v)
-            means[v] += load_as<V>(block + row * slice.width + v * width_of<V>);
-        for (int v = 0; v < vectors; ++v) means[v] /= V{} + A(rows);
-        for (int64_t row = 0; row < rows; ++row)
-          for (int v = 0; v < vectors; ++v) {
-            const V distance = load_as<V>(block + row * slice.width + v * width_of<V>) - means[v];
-            distances[v] += distance * distance;
-          }
-        A block_mean[vectors * width_of<V>], block_squares[vectors * width_of<V>];
-        for (int v = 0; v < vectors; ++v) {
-          store_as<V>(block_mean + v * width_of<V>, means[v]);
-          store_as<V>(block_squares + v * width_of<V>, distances[v]);
-        }
-        for (int64_t c = 0; c < vectors * width_of<V>; ++c)
-          Moments::merge(mean[k + c], squares[k + c], block_mean[c], block_squares[c], count, part);
-      });
+      const PixelRows<T> block{input + slice.first + first * slice.width, 1, 0, rows, slice.width};
+      merge_block(block, slice.width, double(first), mean.data(), squares.data());
     }
   }
 };
@@ -269,6 +251,26 @@ struct RowNumbers {
 };
 
 template <typename T>
+void apply_channels_last(const BatchNorm<T>& norm, const accumulate_t<T>* mean,
+                         const accumulate_t<T>* variance, T* output, const BatchNormShape& s,
+                         const Slices<T>& slices, ParallelFor threads) {
+  using A = accumulate_t<T>;
+  const RowNumbers<A> numbers(norm, mean, variance, s.channels, slices.width());
+  parallel_for(threads, slices.count(), [&](int64_t begin, int64_t end) {
+    with_activation(norm.activation, [&](auto activation) {
+      for (int64_t k = begin; k < end; ++k)
+        for (int64_t row = 0; row < slices[k].rows; ++row) {
+          const int64_t first = slices[k].first + row * slices[k].width;
+          normalize_run<activation>(numbers.norm(), norm.input + first, at(norm.residual, first),
+                                    output + first, slices[k].width,
+                                    streams_runs(output, s, slices[k].width));
+        }
+    });
+    stream_fence();
+  });
+}
+
+template <typename T>
 void normalize_channels_last(const BatchNorm<T>& norm, T* output, accumulate_t<T>* mean,
                              accumulate_t<T>* variance, const BatchNormShape& s, ParallelFor threads) {
   using A = accumulate_t<T>;
@@ -286,19 +288,7 @@ void normalize_channels_last(const BatchNorm<T>& norm, T* output, accumulate_t<T
     mean[c] = A(all.mean);
     variance[c] = A(all.squares / all.count);
   }
-  const RowNumbers<A> numbers(norm, mean, variance, s.channels, slices.width());
-  parallel_for(threads, slices.count(), [&](int64_t begin, int64_t end) {
-    with_activation(norm.activation, [&](auto activation) {
-      for (int64_t k = begin; k < end; ++k)
-        for (int64_t row = 0; row < slices[k].rows; ++row) {
-          const int64_t first = slices[k].first + row * slices[k].width;
-          normalize_run<activation>(numbers.norm(), norm.input + first, at(norm.residual, first),
-                                    output + first, slices[k].width,
-                                    streams_runs(output, s, slices[k].width));
-        }
-    });
-    stream_fence();
-  });
+  apply_channels_last(norm, mean, variance, output, s, slices, threads);
 }
 
 // Sums of g and g * (x - mean) of each value of a row, over the rows of a slice.
@@ -409,6 +399,16 @@ void conv_bn_act_vectorized_normalize_cpu(const BatchNorm<T>& norm, T* output, a
 }
 
 template <typename T>
+void conv_bn_act_vectorized_apply_cpu(const BatchNorm<T>& norm, const accumulate_t<T>* mean,
+                                      const accumulate_t<T>* variance, T* output, const BatchNormShape& s,
+                                      ParallelFor threads) {
+  if (s.channels_last)
+    apply_channels_last(norm, mean, variance, output, s, Slices<T>(s), threads);
+  else
+    apply_contiguous(norm, mean, variance, output, s, threads);
+}
+
+template <typename T>
 void conv_bn_act_vectorized_grad_normalize_cpu(const T* grad_output, const BatchNorm<T>& norm,
                                                const accumulate_t<T>* mean, const accumulate_t<T>* variance,
                                                T* grad_input, T* grad_residual, accumulate_t<T>* grad_weight,
@@ -422,6 +422,9 @@ void conv_bn_act_vectorized_grad_normalize_cpu(const T* grad_output, const Batch
 #define FASTCONV_INSTANTIATE(T)                                                                             \
   template void conv_bn_act_vectorized_normalize_cpu(const BatchNorm<T>&, T*, accumulate_t<T>*,             \
                                                      accumulate_t<T>*, const BatchNormShape&, ParallelFor); \
+  template void conv_bn_act_vectorized_apply_cpu(const BatchNorm<T>&, const accumulate_t<T>*,               \
+                                                 const accumulate_t<T>*, T*, const BatchNormShape&,         \
+                                                 ParallelFor);                                              \
   template void conv_bn_act_vectorized_grad_normalize_cpu(                                                  \
       const T*, const BatchNorm<T>&, const accumulate_t<T>*, const accumulate_t<T>*, T*, T*,                \
       accumulate_t<T>*, accumulate_t<T>*, const BatchNormShape&, ParallelFor);

@@ -1,33 +1,12 @@
 // Runs of values that are normalised alike; see conv_bn_act_vectorized_cpu.cpp.
 #pragma once
 
+#include "../common/moments.h"
 #include "../common/tile.h"
 #include "conv_bn_act.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
-// Every loop is written once for V = Vector<A>, and V = A, for what is left of a run.
-template <typename V>
-constexpr int64_t width_of = 1;
-template <>
-inline constexpr int64_t width_of<Vector<float>> = lanes_of<float>;
-template <>
-inline constexpr int64_t width_of<Vector<double>> = lanes_of<double>;
-
-template <typename V, typename T>
-inline V load_as(const T* source) {
-  if constexpr (width_of<V> == 1)
-    return load(*source);
-  else
-    return load_vector(source);
-}
-template <typename V, typename T>
-inline void store_as(T* target, V value) {
-  if constexpr (width_of<V> == 1)
-    store(target, value);
-  else
-    store_vector(target, value);
-}
 template <typename A, typename V>
 inline V activate_as(V x, Activation activation) {
   if constexpr (width_of<V> == 1)
@@ -155,28 +134,6 @@ void grad_input_run(Norm<F> norm, const T* grad_output, const T* input, const T*
                 past_caches);
   });
 }
-
-// Count, mean and sum of squared distances from the mean, of values that come block by block.
-//
-// Formula: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
-//   1979.
-struct Moments {
-  double count = 0, mean = 0, squares = 0;
-
-  void add(double more, double its_mean, double its_squares) {
-    if (more == 0) return;
-    merge(mean, squares, its_mean, its_squares, count, more / (count + more));
-    count += more;
-  }
-
-  // part: of the values that come, in all.
-  static inline __attribute__((always_inline)) void merge(double& mean, double& squares, double its_mean,
-                                                          double its_squares, double count, double part) {
-    const double distance = its_mean - mean;
-    mean += distance * part;
-    squares += its_squares + distance * distance * count * part;
-  }
-};
 
 // The gradient's constants of a channel, from the sums of g and of g * (x - mean).
 template <typename T>

@@ -147,12 +147,7 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, Integers
                Integers dilation, std::optional<std::string> activation,
                std::optional<std::string> algorithm) {
   const DepthwiseConv2dShape shape = make_shape(input, weight, stride, padding, dilation);
-  if (bias) {
-    check_rank(*bias, 1, "bias");
-    check_size(*bias, 0, shape.out_channels, "bias");
-    check_like(*bias, input, "bias");
-    bias = as_contiguous(*bias);
-  }
+  check_bias(bias, input, shape.out_channels);
   const Activation parsed = parse_activation(activation);
   const Tensor output = new_tensor({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
                                    input, format_of(shape));
@@ -198,6 +193,32 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor input, Te
   });
   return {grad_input, need_weight ? grad_weight : new_tensor({0}, input), grad_bias};
 }
+
+#if !defined(FASTCONV_EMULATOR)
+// Convolution, and mean and variance of each channel of it.
+std::tuple<Tensor, Tensor, Tensor> moments(Tensor input, Tensor weight, std::optional<Tensor> bias,
+                                           Integers stride, Integers padding, Integers dilation) {
+  const DepthwiseConv2dShape shape = make_shape(input, weight, stride, padding, dilation);
+  check_bias(bias, input, shape.out_channels);
+  const Tensor output =
+      new_moments_output(input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width});
+  const Tensor mean = new_tensor({shape.out_channels}, input),
+               variance = new_tensor({shape.out_channels}, input);
+  input = as_format(input, format_of(shape));
+  weight = as_contiguous(weight);
+  dispatch_sum_type(input, "input", [&](auto element) {
+    using T = decltype(element);
+    FASTCONV_CALL_CPU(depthwise_conv2d_vectorized_forward_moments_cpu<T>(
+        const_data<T>(input), const_data<T>(weight), const_data<T>(bias), mutable_data<T>(output),
+        mutable_data<T>(mean), mutable_data<T>(variance), shape, torch_threads));
+  });
+  return {output, mean, variance};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, library) {
+  library.impl("depthwise_conv2d_moments", TORCH_BOX(&moments));
+}
+#endif
 
 }  // namespace
 

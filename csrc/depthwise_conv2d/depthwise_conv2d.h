@@ -47,8 +47,16 @@ struct DepthwiseConv2dShape {
                                                     T* grad_bias, const DepthwiseConv2dShape& shape,        \
                                                     ParallelFor threads);
 
+// The same, and mean and variance (out_channels) of what is stored; channels_last images in float or double.
+#define FASTCONV_DEPTHWISE_CONV2D_MOMENTS_CPU(variant)                                 \
+  template <typename T>                                                                \
+  void depthwise_conv2d_##variant##_forward_moments_cpu(                               \
+      const T* input, const T* weight, const T* bias, T* output, T* mean, T* variance, \
+      const DepthwiseConv2dShape& shape, ParallelFor threads);
+
 FASTCONV_DECLARE_CPU(FASTCONV_DEPTHWISE_CONV2D_CPU(plain) FASTCONV_DEPTHWISE_CONV2D_CPU(row_blocked)
-                         FASTCONV_DEPTHWISE_CONV2D_CPU(vectorized))
+                         FASTCONV_DEPTHWISE_CONV2D_CPU(vectorized)
+                             FASTCONV_DEPTHWISE_CONV2D_MOMENTS_CPU(vectorized))
 
 // The CUDA kernels launch on `stream` (a cudaStream_t) of the current device and return at once.
 // grad_weight sums in two stages: first into `workspace`, which holds

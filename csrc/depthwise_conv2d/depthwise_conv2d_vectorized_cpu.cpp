@@ -6,6 +6,7 @@
 // Against row_blocked: sums stay in registers over all taps; the output is written once, not once a tap.
 // grad_input is the same loop over its phases: no product with a zero, no atomics.
 // Limits: images that are not channels_last go through a tile, transposed a strip of rows at a time.
+#include "../common/moments.h"
 #include "depthwise_conv2d_vectorized_columns_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
@@ -39,6 +40,8 @@ class Convolution {
               Activation activation, int64_t step, int64_t divide);
 
   void run(ParallelFor threads) const;
+  // The same, of a channels_last output whose mean and variance are gathered.
+  void run(accumulate_t<T>* mean, accumulate_t<T>* variance, ParallelFor threads);
 
  private:
   // What one thread needs, to compute at most `most_rows` rows of the output at once.
@@ -53,6 +56,7 @@ class Convolution {
   void pack(Worker& worker, int64_t group) const;
   // Rows [row_begin, row_end) of a group of blocks of channels; row_begin is a multiple of the phases' step.
   void compute(Worker& worker, int64_t group, int64_t image, int64_t row_begin, int64_t row_end) const;
+  int64_t strip_rows() const;
   void compute_strip(Strip<A>& strip, const Image<const T>& source, const Image<T>& target, const A* taps,
                      int64_t row_begin, int64_t row_end) const;
 
@@ -66,6 +70,7 @@ class Convolution {
   bool in_place_, streams_;
   int64_t blocks_, group_, packed_, columns_, pixels_;
   std::vector<ColumnsKernel<A>> kernels_;
+  PartMoments* moments_ = nullptr;  // of what is stored, each strip of an image a part; or null
 };
 
 template <typename T>
@@ -158,6 +163,12 @@ void Convolution<T>::compute(Worker& worker, int64_t group, int64_t image, int64
   }
   if (!in_place_) store_tile<T, A>(target, Lanes{start}, lanes, row_begin, row_end, worker.out_tile.data());
   if (streams_) stream_fence();
+  if (!moments_) return;
+  const int64_t end = std::min(last_block(group) * L, output_.channels);
+  PartMoments::Part(*moments_, image * ceil_div(g.out_height, strip_rows()) + row_begin / strip_rows(), start,
+                    end - start)
+      .add(PixelRows<T>{target.data + row_begin * target.row_stride() + start, row_end - row_begin,
+                        target.row_stride(), target.width, target.channels});
 }
 
 template <typename T>
@@ -197,26 +208,42 @@ void Convolution<T>::compute_strip(Strip<A>& strip, const Image<const T>& source
     }
 }
 
+// Strips of rows: as many as the L2 cache holds, but enough strips for every thread.
 template <typename T>
-void Convolution<T>::run(ParallelFor threads) const {
+int64_t Convolution<T>::strip_rows() const {
   const Geometry& g = geometry_;
-  // Strips of rows: as many as the L2 cache holds, but enough strips for every thread.
   const int64_t row_step = g.phases[0].row_step, groups = ceil_div(blocks_, group_);
   const int64_t row_bytes = int64_t(sizeof(A)) * (in_place_ ? output_.channels : L) *
                             (g.out_width + g.in_width * std::max<int64_t>(g.in_height / g.out_height, 1));
-  int64_t strip_rows = std::clamp<int64_t>((in_place_ ? 384 << 10 : 192 << 10) / row_bytes, 1, g.out_height);
+  int64_t rows = std::clamp<int64_t>((in_place_ ? 384 << 10 : 192 << 10) / row_bytes, 1, g.out_height);
   const int64_t items = batch_ * groups;
-  if (items < 64) strip_rows = std::min(strip_rows, std::max<int64_t>(g.out_height * items / 64, 4));
-  strip_rows = std::min(ceil_div(strip_rows, 2 * row_step) * 2 * row_step, g.out_height);
-  const int64_t strips = ceil_div(g.out_height, strip_rows);
-  parallel_for(threads, items * strips, [&](int64_t begin, int64_t end) {
-    Worker worker(*this, strip_rows);
+  if (items < 64) rows = std::min(rows, std::max<int64_t>(g.out_height * items / 64, 4));
+  return std::min(ceil_div(rows, 2 * row_step) * 2 * row_step, g.out_height);
+}
+
+template <typename T>
+void Convolution<T>::run(ParallelFor threads) const {
+  const int64_t rows = strip_rows(), strips = ceil_div(geometry_.out_height, rows);
+  parallel_for(threads, batch_ * ceil_div(blocks_, group_) * strips, [&](int64_t begin, int64_t end) {
+    Worker worker(*this, rows);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item % strips * strip_rows;
+      const int64_t row = item % strips * rows;
       compute(worker, item / strips / batch_, item / strips % batch_, row,
-              std::min(row + strip_rows, g.out_height));
+              std::min(row + rows, geometry_.out_height));
     }
   });
+}
+
+template <typename T>
+void Convolution<T>::run(accumulate_t<T>* mean, accumulate_t<T>* variance, ParallelFor threads) {
+  const int64_t rows = strip_rows(), strips = ceil_div(geometry_.out_height, rows);
+  std::vector<int64_t> counts(batch_ * strips);
+  for (int64_t k = 0; k < batch_ * strips; ++k)
+    counts[k] = std::min(rows, geometry_.out_height - k % strips * rows) * geometry_.out_width;
+  PartMoments moments(std::move(counts), output_.channels);
+  moments_ = &moments, streams_ = false;
+  std::as_const(*this).run(threads);
+  moments.merge(mean, variance);
 }
 
 }  // namespace
@@ -228,6 +255,15 @@ void depthwise_conv2d_vectorized_forward_cpu(const T* input, const T* weight, co
   Convolution<T>(input, s.in_channels, output, s.out_channels, s.batch, s.channels_last, forward_geometry(s),
                  weight, s.kernel_height * s.kernel_width, bias, activation, 1, s.multiplier())
       .run(threads);
+}
+
+template <typename T>
+void depthwise_conv2d_vectorized_forward_moments_cpu(const T* input, const T* weight, const T* bias,
+                                                     T* output, T* mean, T* variance,
+                                                     const DepthwiseConv2dShape& s, ParallelFor threads) {
+  Convolution<T>(input, s.in_channels, output, s.out_channels, s.batch, s.channels_last, forward_geometry(s),
+                 weight, s.kernel_height * s.kernel_width, bias, Activation::none, 1, s.multiplier())
+      .run(mean, variance, threads);
 }
 
 template <typename T>
@@ -245,5 +281,10 @@ void depthwise_conv2d_vectorized_grad_input_cpu(const T* grad_output, const T* w
   template void depthwise_conv2d_vectorized_grad_input_cpu<T>(const T*, const T*, T*,          \
                                                               const DepthwiseConv2dShape&, ParallelFor);
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
+#define FASTCONV_INSTANTIATE_MOMENTS(T)                             \
+  template void depthwise_conv2d_vectorized_forward_moments_cpu<T>( \
+      const T*, const T*, const T*, T*, T*, T*, const DepthwiseConv2dShape&, ParallelFor);
+FASTCONV_INSTANTIATE_MOMENTS(float)
+FASTCONV_INSTANTIATE_MOMENTS(double)
 
 }  // namespace fastconv::FASTCONV_CPU_CAPABILITY

@@ -122,14 +122,14 @@ def prefer(cpu_algorithm: str | None, input: torch.Tensor) -> tuple[str, ...]:
     return ("aten", "cpu") if cpu_algorithm is None else ("cpu", "aten")
 
 
-def _cpu_algorithm(input, weight, stride, padding, dilation, groups, fused=False) -> str | None:
+def cpu_algorithm(input, weight, stride, padding, dilation, groups, fused=False) -> str | None:
     pixels = input.shape[0] * (input.shape[2] // stride[0]) * (input.shape[3] // stride[1])
     source, target = weight.shape[1], weight.shape[0] // groups
     return fastest(source, target, pixels, input, weight, stride, dilation, groups, fused)
 
 
 def _prefer(input, weight, stride, padding, dilation, groups, fused=False) -> tuple[str, ...]:
-    return prefer(_cpu_algorithm(input, weight, stride, padding, dilation, groups, fused), input)
+    return prefer(cpu_algorithm(input, weight, stride, padding, dilation, groups, fused), input)
 
 
 choose = Choice(
@@ -149,4 +149,4 @@ choose = Choice(
 
 def default_algorithm(input, weight, stride, padding, dilation, groups, fused=False) -> str:
     """The C++ kernel where a call names none."""
-    return _cpu_algorithm(input, weight, stride, padding, dilation, groups, fused) or default_for(stride)
+    return cpu_algorithm(input, weight, stride, padding, dilation, groups, fused) or default_for(stride)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..backends import Choice
+from . import _moments
 from ._activation import activate, activation_backward, add_and_activate, check_activation
 from ._arguments import check_tensor
 from ._folded_weights import folded_weight
@@ -134,19 +135,29 @@ def conv_bn_act(
     check_tensor("weight", weight, rank=4, like=input)
     numbers = (running_mean, running_var, bn_weight, bn_bias)
     _check(input, weight, *numbers, training, momentum, eps, activation)
-    choose(backend, None, input)  # raises in this operator's name, before anything is computed
+    chosen = choose(backend, None, input)  # raises in this operator's name, before anything is computed
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     takes_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in numbers)
     if not training and not takes_gradient:
         weight, bias = folded_weight(weight, bias, *numbers, eps)
         return _convolve(input, weight, bias, geometry, activation, residual, backend)
-    sums = _convolve(input, weight, bias, geometry, None, None, backend)
+    gathered = None
+    if training and chosen == "cpu":
+        gathered = _moments.convolve(input, weight, bias, **geometry, backend=backend)
+    sums, *moments = gathered or [_convolve(input, weight, bias, geometry, None, None, backend)]
     if not training:  # the gradient of a folded weight would lose digits of those of bn_weight
         return add_and_activate(
             torch.nn.functional.batch_norm(sums, *numbers, False, 0.0, eps), residual, activation
         )
     return batch_norm_act(
-        sums, *numbers, momentum=momentum, eps=eps, activation=activation, residual=residual, backend=backend
+        sums,
+        *numbers,
+        momentum=momentum,
+        eps=eps,
+        activation=activation,
+        residual=residual,
+        backend=backend,
+        moments=moments,
     )
 
 
@@ -163,6 +174,7 @@ def batch_norm_act(
     residual: torch.Tensor | None,  # (N, C, H, W), or None
     backend: str | None = None,
     algorithm: str | None = None,
+    moments: Sequence[torch.Tensor] = (),  # mean and variance of input (C,), where they are known
 ) -> torch.Tensor:
     """Training's second half: normalises by the batch's mean and variance, adds, activates."""
     if residual is not None:
@@ -190,8 +202,12 @@ def batch_norm_act(
     else:
         exact = sum_type(input.dtype)
         weight, bias = (None if t is None else t.to(exact) for t in (weight, bias))
-        operands = (input, residual, weight, bias, eps, activation, algorithm)
-        output, mean, variance = operator(backend, *operands)
+        operands = (input, residual, weight, bias)
+        if moments:
+            mean, variance = moments
+            output = apply_operator(backend, *operands, mean, variance, eps, activation)
+        else:
+            output, mean, variance = operator(backend, *operands, eps, activation, algorithm)
     _update(running_mean, running_var, mean, variance, momentum, input)
     return output
 
@@ -324,7 +340,8 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
         if need_residual and not needs_own:
             grads = (grads[0], grad, *grads[2:])
     needed = (need_input, need_residual, need_weight, need_bias)
-    return *(g if need else None for g, need in zip(grads, needed)), None, None, None
+    grads = [g if need else None for g, need in zip(grads, needed)]
+    return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
 def _composed_gradients(grad, input, residual, weight, bias, mean, variance, eps, activation):
@@ -349,6 +366,29 @@ operator = Operator(
     flops=lambda *_, out_shape: 0,
     check=_check_normalize,
     triton="conv_bn_act:conv_bn_act_normalize_triton",
+    autocast=None,
+)
+
+
+# The same where a convolution has gathered mean and variance. They belong to input: the gradient is the same.
+
+
+def _apply_setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    input, residual, weight, bias, mean, variance, ctx.eps, ctx.activation = inputs
+    ctx.algorithm = None
+    kept = None if ctx.activation is None else residual
+    ctx.save_for_backward(input, kept, weight, bias, mean, variance)
+
+
+apply_operator = Operator(
+    "conv_bn_act_apply",
+    "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, float eps, "
+    "str? activation) -> Tensor",
+    fake=lambda input, *_: new_output(input, input.shape),
+    setup_context=_apply_setup_context,
+    backward=_backward,
+    vmap=map_one_by_one,
+    flops=lambda *_, out_shape: 0,
     autocast=None,
 )
 

@@ -99,7 +99,7 @@ def depthwise_conv2d(
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     check_tensor("weight", weight, rank=4, like=input)
     padding = padding_sides(padding, weight.shape[2:], stride, dilation)
-    _check(input, weight, bias, stride, padding, dilation, activation)
+    check(input, weight, bias, stride, padding, dilation, activation)
     backend = choose(backend, algorithm, input, weight, stride, dilation)
     arguments = (input, weight, bias, stride, padding, dilation)
     if backend == "aten":
@@ -112,7 +112,7 @@ def depthwise_conv2d(
     return forward_operator(backend, *arguments, activation, algorithm)
 
 
-def _check(
+def check(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -176,7 +176,7 @@ choose = Choice(
 
 
 def _fake(input, weight, bias, stride, padding, dilation, activation, algorithm):
-    height, width = _check(input, weight, bias, stride, padding, dilation, activation)
+    height, width = check(input, weight, bias, stride, padding, dilation, activation)
     return new_output(input, (input.shape[0], weight.shape[0], height, width))
 
 
@@ -187,7 +187,7 @@ def _check_forward(input, weight, bias, stride, padding, dilation, activation, a
     check_integers("padding", padding, 4, least=0)
     check_integers("dilation", dilation, 2, least=1)
     choose.check_algorithm("triton", algorithm)
-    return _check(input, weight, bias, stride, padding, dilation, activation)
+    return check(input, weight, bias, stride, padding, dilation, activation)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -217,7 +217,7 @@ def _vmap(op, info, in_dims, input, weight, bias, *rest):
     return op(input, weight, bias, *rest).unflatten(1, (count, -1)), 1
 
 
-def _flops(input, weight, *_, out_shape):
+def flops(input, weight, *_, out_shape):
     return 2 * out_shape[0] * out_shape[1] * out_shape[2] * out_shape[3] * weight[2] * weight[3]
 
 
@@ -229,7 +229,7 @@ forward_operator = Operator(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
-    flops=_flops,
+    flops=flops,
     check=_check_forward,
     triton="depthwise_conv2d:depthwise_conv2d_forward_triton",
 )
