@@ -76,11 +76,12 @@ inline void check_like_output(const Tensor& tensor, const Tensor& input, const C
 }
 
 // A bias of one value for each channel, dense.
-inline void check_bias(std::optional<Tensor>& bias, const Tensor& input, int64_t channels) {
+inline void check_bias(std::optional<Tensor>& bias, const Tensor& input, int64_t channels,
+                       const char* name = "bias") {
   if (!bias) return;
-  check_rank(*bias, 1, "bias");
-  check_size(*bias, 0, channels, "bias");
-  check_like(*bias, input, "bias");
+  check_rank(*bias, 1, name);
+  check_size(*bias, 0, channels, name);
+  check_like(*bias, input, name);
   bias = as_contiguous(*bias);
 }
 

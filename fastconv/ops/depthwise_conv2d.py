@@ -217,7 +217,7 @@ def _vmap(op, info, in_dims, input, weight, bias, *rest):
     return op(input, weight, bias, *rest).unflatten(1, (count, -1)), 1
 
 
-def _flops(input, weight, *_, out_shape):
+def flops(input, weight, *_, out_shape):
     return 2 * out_shape[0] * out_shape[1] * out_shape[2] * out_shape[3] * weight[2] * weight[3]
 
 
@@ -229,7 +229,7 @@ forward_operator = Operator(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
-    flops=_flops,
+    flops=flops,
     check=_check_forward,
     triton="depthwise_conv2d:depthwise_conv2d_forward_triton",
 )
