@@ -10,6 +10,7 @@ from .ops.conv_bn_act import conv_bn_act, conv_bn_act_reference
 from .ops.conv_transpose2d import conv_transpose2d, conv_transpose2d_reference
 from .ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_reference
 from .ops.group_conv2d_shuffle import group_conv2d_shuffle, group_conv2d_shuffle_reference
+from .ops.separable_conv2d import separable_conv2d, separable_conv2d_reference
 from .ops.shift2d import shift2d, shift2d_reference
 from .ops.shift_conv2d import shift_conv2d, shift_conv2d_reference
 from .ops.temporal_shift import temporal_shift, temporal_shift_reference
@@ -46,6 +47,8 @@ __all__ = [
     "optimize_graph",
     "report",
     "restore",
+    "separable_conv2d",
+    "separable_conv2d_reference",
     "set_packed_weights_limit",
     "set_precision",
     "shift2d",

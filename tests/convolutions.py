@@ -71,6 +71,10 @@ class Convolution:
             sums = {name: terms + (name != "output") * sums["output"] for name, terms in sums.items()}
         return sums
 
+    def is_exact(self, dtype: torch.dtype) -> bool:
+        """Whether sums of whole numbers and halves are not rounded."""
+        return self.activation in FROM_OUTPUT
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {"input": self.input, "weight": self.weight}
         if self.bias:
@@ -202,6 +206,61 @@ class Shifted(Convolution):
         return input, self.shift, weight, bias, None, self.geometry[0], self.activation, algorithm
 
 
+@dataclasses.dataclass(frozen=True)
+class Separable(Convolution):
+    multiplier: int = 1
+    residual: bool = True
+    mid_activation: str | None = "relu"
+
+    op = "separable_conv2d"
+    names = (
+        *("input", "depthwise_weight", "pointwise_weight", "depthwise_bias", "pointwise_bias", "residual"),
+    )
+
+    def is_exact(self, dtype: torch.dtype) -> bool:
+        """The half types round the gradient of the middle."""
+        exact = self.mid_activation is None or self.mid_activation in FROM_OUTPUT
+        return super().is_exact(dtype) and exact and dtype.itemsize > 2
+
+    @property
+    def middles(self) -> int:
+        return self.input[1] * self.multiplier
+
+    @functools.cached_property
+    def terms(self) -> dict[str, int]:
+        taps, places = math.prod(self.kernel), math.prod(self.output) // self.filters
+        given = taps + self.middles + 4  # of all that is computed again for the gradients
+        sums = {"input": self.filters * taps, "residual": 1, "depthwise_bias": places * self.filters}
+        sums.update({"depthwise_weight": places * self.filters, "pointwise_weight": places})
+        sums["pointwise_bias"] = places
+        return {"output": given, **{name: terms + given for name, terms in sums.items()}}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {
+            "input": self.input,
+            "depthwise_weight": (self.middles, 1, *self.kernel),
+            "pointwise_weight": (self.filters, self.middles, 1, 1),
+            "depthwise_bias": (self.middles,),
+            "pointwise_bias": (self.filters,),
+            "residual": self.output,
+        }
+        left_out = [("bias", self.bias), ("residual", self.residual)]
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if all(has or not name.endswith(end) for end, has in left_out)
+        }
+
+    def call(self, function: Callable, tensors: Sequence[torch.Tensor | None], **keywords: Any):
+        *operands, residual = (*tensors, *[None] * (6 - len(tensors)))
+        keywords.update(mid_activation=self.mid_activation, activation=self.activation, residual=residual)
+        return function(*operands, self.stride, self.padding, self.dilation, **keywords)
+
+    def operands(self, tensors: Sequence[torch.Tensor | None], algorithm: str | None) -> tuple:
+        tensors = (*tensors, *[None] * (6 - len(tensors)))
+        return *tensors, None, *self.geometry[:3], self.mid_activation, self.activation, algorithm
+
+
 def dtype_for(run: Run, wanted: torch.dtype = torch.float32) -> torch.dtype:
     """The wanted type, or float16 for the kernels that multiply half types alone."""
     halves = run.algorithm == "implicit_gemm" and run.backend in ("cuda", "emulator")
@@ -234,7 +293,7 @@ def problem(case: Convolution, dtype: torch.dtype, input: str = "contiguous", **
     def tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         def make(shape):
             if whole:
-                values = torch.randint(-2, 3, shape, generator=generator) + 0.5 * (name == "bias")
+                values = torch.randint(-2, 3, shape, generator=generator) + 0.5 * name.endswith("bias")
             else:
                 values = torch.randn(shape, generator=generator, dtype=torch.float64)
             return values.to(device=DEVICE, dtype=dtype)
@@ -272,7 +331,7 @@ def compare(run: Run, case: Convolution, given: Problem, actual: Sequence[torch.
     # Whole numbers and halves, as problem() takes for these activations, add up without rounding. Winograd's
     # points are other fractions.
     winograd = (run.algorithm or "").startswith("winograd")
-    exact = case.activation in FROM_OUTPUT and summed_in is None and not winograd
+    exact = case.is_exact(dtype) and summed_in is None and not winograd
     for (name, expected), value in zip(given.expected.items(), actual, strict=True):
         if exact:
             assert value.dtype == dtype

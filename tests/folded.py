@@ -1,10 +1,10 @@
-"""Cases of convolutions with something folded in: a shuffle into the store, a shift into the loads."""
+"""Cases of convolutions with something folded in: a shuffle, a shift, a depthwise convolution before it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from convolutions import Convolution, Shifted, Shuffled
+from convolutions import Convolution, Separable, Shifted, Shuffled
 
 
 class Cases(NamedTuple):
@@ -113,4 +113,46 @@ SHIFTED = Cases(
     ],
     small=_FEW_SHIFTS,
     few=[*_FEW_SHIFTS, *_GEOMETRY[:4], _GEOMETRY[8], Shifted((1, 17, 4, 3), 18, offsets="scattered")],
+)
+
+_FEW_SEPARABLE = [
+    Separable((1, 3, 3, 4), 5, padding=1),
+    Separable((1, 2, 4, 3), 3, (3, 2), (2, 1), (1, 0), (1, 2), multiplier=2),
+]
+_SEPARABLE = [
+    Separable((2, 6, 5, 7), 9, padding=1),
+    Separable((1, 18, 7, 8), 6, (3, 2), (2, 1), (1, 2), (1, 2), bias=False),
+    Separable((1, 8, 6, 5), 12, (1, 3), (1, 2), (0, 1), mid_activation="silu", residual=False),
+    Separable((2, 5, 7, 6), 4, (4, 2), padding="same", mid_activation=None),
+    Separable((1, 5, 6, 6), 7, (5, 5), stride=2, padding=2, multiplier=3),
+    Separable((2, 16, 4, 5), 24, padding=1, activation="silu", mid_activation="gelu"),
+    Separable((3, 16, 1, 1), 2, (1, 1)),
+    Separable((1, 1, 1, 9), 1, (1, 3), bias=False, residual=False),
+    Separable((0, 4, 3, 3), 8),
+    Separable((1, 20, 9, 8), 48, padding=1, activation="relu", mid_activation="relu6"),
+    Separable((1, 6, 3, 3), 5, padding=4),  # some windows meet padding alone
+    Separable((1, 17, 8, 8), 3, (7, 7), padding=3, mid_activation="gelu_tanh"),
+    Separable((2, 9, 8, 5), 3, stride=7, mid_activation=None),
+]
+SEPARABLE = Cases(
+    geometry=_SEPARABLE,
+    edges=[
+        *(Separable((1, c, 3, 5), 5, padding=1) for c in (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65)),
+        *(Separable((1, 16, 3, 3), m, padding=1) for m in (1, 4, 6, 15, 16, 17, 63, 64, 65, 130)),
+        *(Separable((2, 16, 3, w), 6, padding=1) for w in (1, 2, 7, 8, 9, 15, 16, 17, 33)),
+        *(Separable((2, 20, h, 6), 6, padding=1, stride=2) for h in (2, 3, 14, 15)),
+        Separable((1, 1100, 3, 4), 4, padding=1),
+    ],
+    large=[
+        Separable((2, 64, 40, 41), 70, padding=1),
+        Separable((3, 40, 37, 36), 24, (5, 5), stride=2, padding=2, activation="silu"),
+        Separable((2, 300, 9, 11), 130, padding=1, mid_activation="silu"),
+    ],
+    mixed=[
+        Separable((2, 18, 5, 6), 7, padding=1),
+        Separable((2, 10, 9, 7), 16, (3, 2), (2, 1), (1, 2), multiplier=2),
+        Separable((1, 32, 6, 7), 65, (5, 5), padding=2, mid_activation="silu"),
+    ],
+    small=_FEW_SEPARABLE,
+    few=[*_FEW_SEPARABLE, *_SEPARABLE[:4], _SEPARABLE[8]],
 )

@@ -1,4 +1,4 @@
-"""group_conv2d_shuffle and shift_conv2d: every backend and algorithm against the reference in float64."""
+"""What is folded into a convolution, shuffle, shift and another one: all kernels against the reference."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import LAYOUTS, Run, parametrized, points, runs
-from convolutions import Shifted, Shuffled, cached_problem, check, dtype_for, leaves_of, problem, serves
-from folded import SHIFTED, SHUFFLED, Cases
+from convolutions import (
+    Separable,
+    Shifted,
+    Shuffled,
+    cached_problem,
+    check,
+    dtype_for,
+    leaves_of,
+    problem,
+    serves,
+)
+from folded import SEPARABLE, SHIFTED, SHUFFLED, Cases
 from tolerances import assert_close
 from torch._subclasses import FakeTensorMode
 
@@ -17,9 +27,9 @@ from fastconv.ops._activation import ACTIVATIONS
 from fastconv.ops._arguments import DTYPES
 from fastconv.ops._operator import memory_format_of
 
-OPS = {Shuffled.op: SHUFFLED, Shifted.op: SHIFTED}
+OPS = {Shuffled.op: SHUFFLED, Shifted.op: SHIFTED, Separable.op: SEPARABLE}
 DENSE = ["contiguous", "channels_last"]
-NEEDED = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)]  # a gradient of input, weight, bias
+NEEDED = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)]  # a gradient of input, weight, bias, and so on
 
 
 def own(op: str) -> list[Run]:
@@ -33,7 +43,7 @@ def compiled(op: str) -> list[Run]:
 def each(
     which: Callable[[str], list[Run]], case: Callable[[Cases], tuple], **keywords
 ) -> pytest.MarkDecorator:
-    """``for_runs`` over the runs and the cases of both operators."""
+    """``for_runs`` over the runs and the cases of all operators."""
     found = []
     for op, cases in OPS.items():
         found += points(which(op), where=serves, case=case(cases), **keywords)
@@ -130,6 +140,7 @@ def test_same_bits_for_any_thread_count(case, layout, run, threads):
 @each(own, lambda of: (of.mixed, of.small[1:]), needed=(NEEDED, NEEDED[1:2]))
 def test_only_needed_gradients(case, needed, run):
     given = cached_problem(case, dtype_for(run, torch.float64))
+    needed = (2 * needed)[: len(case.names)]
     leaves = [t.requires_grad_(bool(need)) for t, need in zip(leaves_of(case, given), needed)]
     case.call(case.function, leaves, **run.keywords).backward(given.grad_output)
     for leaf, need, name in zip(leaves, needed, case.names):
@@ -143,6 +154,7 @@ def test_only_needed_gradients(case, needed, run):
 AMBIGUOUS = {
     Shuffled.op: [SHUFFLED.mixed[2], SHUFFLED.geometry[2], Shuffled((0, 6, 3, 4), 6, (1, 1), groups=2)],
     Shifted.op: [SHIFTED.small[1], Shifted((3, 9, 1, 1), 2), Shifted((2, 4, 3, 3), 1)],
+    Separable.op: [SEPARABLE.small[0], Separable((3, 9, 1, 1), 2, (1, 1)), Separable((2, 4, 3, 3), 1)],
 }
 
 

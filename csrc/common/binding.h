@@ -151,11 +151,12 @@ inline Tensor as_contiguous(const Tensor& tensor) {
 }
 
 // A bias of one value for each channel, dense.
-inline void check_bias(std::optional<Tensor>& bias, const Tensor& input, int64_t channels) {
+inline void check_bias(std::optional<Tensor>& bias, const Tensor& input, int64_t channels,
+                       const char* name = "bias") {
   if (!bias) return;
-  check_rank(*bias, 1, "bias");
-  check_size(*bias, 0, channels, "bias");
-  check_like(*bias, input, "bias");
+  check_rank(*bias, 1, name);
+  check_size(*bias, 0, channels, name);
+  check_like(*bias, input, name);
   bias = as_contiguous(*bias);
 }
 

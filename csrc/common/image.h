@@ -39,4 +39,15 @@ using MoveRow =
                        int64_t row,        // of the result
                        void* target)>;     // (width, channels)
 
+// Rows that a pass reads and that do not lie in memory as it reads them: they are brought into a tile in the
+// cache, those of some pixels of its result at a time.
+struct RowSource {
+  std::function<void(int64_t image, int64_t begin, int64_t end,  // rows of an image of the batch
+                     void* target)>                              // (end - begin, width, channels)
+      bring;
+  int64_t pixels = 0;  // about so many; 0: as many as the pass likes
+
+  explicit operator bool() const { return bool(bring); }
+};
+
 }  // namespace fastconv

@@ -11,10 +11,10 @@ namespace fastconv::FASTCONV_CPU_CAPABILITY {
 
 void direct_convolve_pairs(const BFloat16* input, const BFloat16Pair* packed,
                            const Conv2dEpilogue<BFloat16>& epilogue, BFloat16* output,
-                           const Conv2dShape& shape, bool transposed, const MoveRow& move_row,
+                           const Conv2dShape& shape, bool transposed, const RowSource& source,
                            ParallelFor threads) {
   DirectPass pass = transposed ? direct_transposed(shape) : direct_forward(shape);
-  pass.move_row = move_row;
+  pass.source = source;
   const Direct<BFloat16, BFloat16Pair> direct(input, packed, epilogue, output, pass);
   parallel_for(threads, direct.items(), [&](int64_t begin, int64_t end) { direct.compute(begin, end); });
 }

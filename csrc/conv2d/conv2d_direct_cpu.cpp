@@ -87,7 +87,7 @@ void direct_convolve(const T* input, const accumulate_t<T>* packed, const Conv2d
   if constexpr (std::is_same_v<T, BFloat16>)
     if (in_pairs<T>())
       return avx512_bf16::direct_convolve_pairs(input, reinterpret_cast<const BFloat16Pair*>(packed),
-                                                epilogue, output, pass.shape, pass.transposed, pass.move_row,
+                                                epilogue, output, pass.shape, pass.transposed, pass.source,
                                                 threads);
 #endif
   const Direct<T, accumulate_t<T>> direct(input, packed, epilogue, output, pass);

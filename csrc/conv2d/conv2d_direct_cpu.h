@@ -14,7 +14,7 @@ namespace fastconv::avx512_bf16 {
 // Direct for processors that multiply pairs of bfloat16 values; `packed`: as direct_pack wrote it.
 void direct_convolve_pairs(const BFloat16* input, const BFloat16Pair* packed,
                            const Conv2dEpilogue<BFloat16>& epilogue, BFloat16* output,
-                           const Conv2dShape& shape, bool transposed, const MoveRow& move_row,
+                           const Conv2dShape& shape, bool transposed, const RowSource& source,
                            ParallelFor threads);
 
 }  // namespace fastconv::avx512_bf16
@@ -42,7 +42,7 @@ struct DirectPass {
   Geometry geometry;
 
   int64_t from_group, to_group;  // channels of a group: read, written
-  MoveRow move_row = {};         // for rows of the input that are not read as they lie
+  RowSource source = {};         // of the input, where it is not read as it lies
 
   int64_t rows(const Phase& phase) const {
     return std::max<int64_t>(ceil_div(geometry.out_height - phase.first_row, phase.row_step), 0);

@@ -59,12 +59,14 @@ class Direct {
         panels_{pass.to_group},
         from_(ceil_div(pass.from_group, values_in<E>)),
         in_place_(std::is_same_v<T, stored<E>> && pass.shape.channels_last && from_ >= few_channels &&
-                  pass.from_group % values_in<E> == 0 && !pass.move_row),
+                  pass.from_group % values_in<E> == 0 && !pass.source),
         pixel_stride_(in_place_ ? input_.channels / values_in<E> : from_),
         columns_(columns_read()),
         streams_(is_floor(epilogue.activation) &&
                  stores_past_caches(output_, pass.shape.batch, pass.to_group)) {
-    const int64_t chunk_pixels = from_ < few_channels ? 2 * most_pixels : most_pixels;
+    const int64_t chunk_pixels = pass.source.pixels > 0 ? pass.source.pixels
+                                 : from_ < few_channels ? 2 * most_pixels
+                                                        : most_pixels;
     int64_t parts = 0;
     for (const Phase& phase : pass.geometry.phases) {
       const int64_t rows = std::max<int64_t>(1, chunk_pixels / std::max<int64_t>(1, pass.columns(phase)));
@@ -177,12 +179,12 @@ class Direct {
     E* tile = worker.tile.data();
     for_images(chunk, [&](int64_t n, Range rows) {
       if (worker.images.empty()) worker.first_image = n;
-      const Image<const T> image = input_.next(n);
+      const Image<const T> image = input_.data ? input_.next(n) : input_;
       if (in_place_)
         return worker.images.push_back(reinterpret_cast<const E*>(image.data + group * pass_.from_group));
       worker.images.push_back(tile - rows.begin * width() * from_);
       if (rows.begin == rows.end) return;  // the taps of these pixels read padding alone
-      if (pass_.move_row) return move_rows(image, rows, tile);
+      if (pass_.source) return bring_rows(n, rows, tile);
       const int64_t channel = group * pass_.from_group, padding = width() - image.width;
       const int64_t runs = padding > 0 ? rows.end - rows.begin : 1;
       const int64_t pixels = (rows.end - rows.begin) * image.width / runs;
@@ -195,17 +197,17 @@ class Direct {
     });
   }
 
-  // Rows of an image by pass.move_row onto the end of the tile.
-  void move_rows(const Image<const T>& image, Range rows, E*& tile) const {
-    const int64_t values = image.width * image.channels;
-    const bool as_stored = std::is_same_v<T, stored<E>> && image.channels % values_in<E> == 0;
-    const Scratch<T> scratch(as_stored ? 0 : values);
-    for (int64_t row = rows.begin; row < rows.end; ++row, tile += image.width * from_) {
-      pass_.move_row(image.data, row, as_stored ? static_cast<void*>(tile) : scratch.data());
-      if (as_stored) continue;
-      const Image<const T> moved{scratch.data(), image.channels, 1, image.width, true};
-      load_operands(moved, 0, image.channels, 0, image.width, tile);
+  // Rows of an image by pass.source onto the end of the tile.
+  void bring_rows(int64_t n, Range rows, E*& tile) const {
+    const int64_t pixels = (rows.end - rows.begin) * input_.width, channels = input_.channels;
+    const bool as_stored = std::is_same_v<T, stored<E>> && channels % values_in<E> == 0;
+    const Scratch<T> scratch(as_stored ? 0 : pixels * channels);
+    pass_.source.bring(n, rows.begin, rows.end, as_stored ? static_cast<void*>(tile) : scratch.data());
+    if (!as_stored) {
+      const Image<const T> brought{scratch.data(), channels, rows.end - rows.begin, input_.width, true};
+      load_operands(brought, 0, channels, 0, pixels, tile);
     }
+    tile += pixels * from_;
   }
 
   template <int V>
@@ -338,7 +340,7 @@ class Direct {
       T* run = output_.data + at + first * output_.channel_stride();
       next.add(run, chunk.phase->column_step * count, output_.channel_stride(), lanes);
     });
-    if (!reads || &chunk == &chunks_.back()) return;
+    if (!reads || !input_.data || &chunk == &chunks_.back()) return;
     for_images((&chunk)[1], [&](int64_t n, Range rows) {
       const int64_t channel = worker.group * pass_.from_group;
       next.add(input_.next(n), channel, channel + pass_.from_group, rows.begin, rows.end);

@@ -6,7 +6,11 @@
 // Against row_blocked: sums stay in registers over all taps; the output is written once, not once a tap.
 // grad_input is the same loop over its phases: no product with a zero, no atomics.
 // Limits: images that are not channels_last go through a tile, transposed a strip of rows at a time.
+#include <memory>
+#include <optional>
+
 #include "../common/moments.h"
+#include "depthwise_conv2d_rows_cpu.h"
 #include "depthwise_conv2d_vectorized_columns_cpu.h"
 
 namespace fastconv::FASTCONV_CPU_CAPABILITY {
@@ -34,7 +38,7 @@ class Convolution {
   static constexpr int64_t L = lanes_of<A>;
 
   // Output channel c is the sum of `step` terms: term m is input channel c * step / divide + m, convolved
-  // with filter c * step + m.
+  // with filter c * step + m. `output` may be null where rows_into alone is called.
   Convolution(const T* input, int64_t in_channels, T* output, int64_t out_channels, int64_t batch,
               bool channels_last, Geometry geometry, const T* weight, int64_t weight_taps, const T* bias,
               Activation activation, int64_t step, int64_t divide);
@@ -43,19 +47,27 @@ class Convolution {
   // The same, of a channels_last output whose mean and variance are gathered.
   void run(accumulate_t<T>* mean, accumulate_t<T>* variance, ParallelFor threads);
 
+  // The taps and biases of some blocks of channels as vectors, zero in lanes that are no channel.
+  struct Packed {
+    Packed(const Convolution& of, int64_t first, int64_t last);
+    Scratch<A> taps, biases;
+  };
+  std::shared_ptr<const Packed> pack_all() const { return std::make_shared<const Packed>(*this, 0, blocks_); }
+  // Rows [row_begin, row_end) of an image into a channels_last image of all the channels.
+  void rows_into(const Packed& all, int64_t image, int64_t row_begin, int64_t row_end,
+                 const Image<T>& target) const;
+
  private:
-  // What one thread needs, to compute at most `most_rows` rows of the output at once.
-  struct Worker {
-    Worker(const Convolution& of, int64_t most_rows);
-    Scratch<A> taps, biases, in_tile, out_tile;
-    int64_t group = -1;  // whose taps are packed
+  struct Tiles {  // of at most `most_rows` rows of the output at once
+    Tiles(const Convolution& of, int64_t most_rows);
+    Scratch<A> in, out;
   };
 
   int64_t first_block(int64_t group) const { return group * group_; }
   int64_t last_block(int64_t group) const { return std::min((group + 1) * group_, blocks_); }
-  void pack(Worker& worker, int64_t group) const;
   // Rows [row_begin, row_end) of a group of blocks of channels; row_begin is a multiple of the phases' step.
-  void compute(Worker& worker, int64_t group, int64_t image, int64_t row_begin, int64_t row_end) const;
+  void compute(const A* taps, const A* biases, const Tiles& tiles, int64_t group, int64_t image,
+               const Image<T>& target, int64_t row_begin, int64_t row_end) const;
   int64_t strip_rows() const;
   void compute_strip(Strip<A>& strip, const Image<const T>& source, const Image<T>& target, const A* taps,
                      int64_t row_begin, int64_t row_end) const;
@@ -97,7 +109,7 @@ Convolution<T>::Convolution(const T* input, int64_t in_channels, T* output, int6
   const int64_t cached = (192 << 10) / (std::max(packed_, L) * int64_t(sizeof(A)));
   group_ = in_place_ ? std::clamp<int64_t>(cached, 1, blocks_) : 1;
   // An output that the L3 cache may hold stays there: what reads it next is limited by memory, too.
-  streams_ = in_place_ && stores_past_caches(output_, batch, out_channels, 16 << 20);
+  streams_ = in_place_ && output && stores_past_caches(output_, batch, out_channels, 16 << 20);
   columns_ = phase_columns(g, g.phases[0]);  // no phase has more
   pixels_ = pixels_at_once(columns_);
   for (const Phase& phase : g.phases)
@@ -106,62 +118,64 @@ Convolution<T>::Convolution(const T* input, int64_t in_channels, T* output, int6
 }
 
 template <typename T>
-Convolution<T>::Worker::Worker(const Convolution& of, int64_t most_rows)
-    : taps(of.group_ * of.step_ * of.packed_),
-      biases(of.group_ * L),
-      in_tile(of.in_place_ ? 0 : most_input_rows(of.geometry_, most_rows) * of.geometry_.in_width * L),
-      out_tile(of.in_place_ ? 0 : most_rows * of.geometry_.out_width * L) {}
+Convolution<T>::Tiles::Tiles(const Convolution& of, int64_t most_rows)
+    : in(of.in_place_ ? 0 : most_input_rows(of.geometry_, most_rows) * of.geometry_.in_width * L),
+      out(of.in_place_ ? 0 : most_rows * of.geometry_.out_width * L) {}
 
-// The taps and biases of a group of blocks as vectors, zero in lanes that are no channel.
 template <typename T>
-void Convolution<T>::pack(Worker& worker, int64_t group) const {
-  worker.group = group;
-  for (int64_t block = first_block(group); block < last_block(group); ++block) {
-    const int64_t start = in_place_ ? block_start(block, output_.channels, L) : block * L;
-    A* taps = worker.taps.data() + (block - first_block(group)) * step_ * packed_;
-    A* biases = worker.biases.data() + (block - first_block(group)) * L;
+Convolution<T>::Packed::Packed(const Convolution& of, int64_t first, int64_t last)
+    : taps((last - first) * of.step_ * of.packed_), biases((last - first) * L) {
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t start = of.in_place_ ? block_start(block, of.output_.channels, L) : block * L;
+    A* const at = taps.data() + (block - first) * of.step_ * of.packed_;
     for (int64_t lane = 0; lane < L; ++lane) {
       const int64_t channel = start + lane;
-      const bool valid = channel < output_.channels;
-      biases[lane] = valid && bias_ ? load(bias_[channel]) : A(0);
-      for (int64_t m = 0; m < step_; ++m) {
-        const T* filter = valid ? weight_ + (channel * step_ + m) * weight_taps_ : nullptr;
-        for (size_t t = 0; t < geometry_.taps.size(); ++t)
-          taps[m * packed_ + int64_t(t) * L + lane] = valid ? load(filter[geometry_.taps[t]]) : A(0);
+      const bool valid = channel < of.output_.channels;
+      biases.data()[(block - first) * L + lane] = valid && of.bias_ ? load(of.bias_[channel]) : A(0);
+      for (int64_t m = 0; m < of.step_; ++m) {
+        const T* filter = valid ? of.weight_ + (channel * of.step_ + m) * of.weight_taps_ : nullptr;
+        for (size_t t = 0; t < of.geometry_.taps.size(); ++t)
+          at[m * of.packed_ + int64_t(t) * L + lane] = valid ? load(filter[of.geometry_.taps[t]]) : A(0);
       }
     }
   }
 }
 
 template <typename T>
-void Convolution<T>::compute(Worker& worker, int64_t group, int64_t image, int64_t row_begin,
-                             int64_t row_end) const {
+void Convolution<T>::rows_into(const Packed& all, int64_t image, int64_t row_begin, int64_t row_end,
+                               const Image<T>& target) const {
+  const Tiles tiles(*this, row_end - row_begin);
+  for (int64_t group = 0; group < ceil_div(blocks_, group_); ++group)
+    compute(all.taps.data() + first_block(group) * step_ * packed_,
+            all.biases.data() + first_block(group) * L, tiles, group, image, target, row_begin, row_end);
+}
+
+template <typename T>
+void Convolution<T>::compute(const A* taps, const A* biases, const Tiles& tiles, int64_t group, int64_t image,
+                             const Image<T>& target, int64_t row_begin, int64_t row_end) const {
   const Geometry& g = geometry_;
-  if (worker.group != group) pack(worker, group);
   const int64_t start = first_block(group) * L, lanes = std::min(L, output_.channels - start);
   const Image<const T> source = input_.next(image);
-  const Image<T> target = output_.next(image);
   const auto [low, high] = input_rows(g, row_begin, row_end);
 
   Strip<A> strip{};
-  strip.input = tile_block<const A>(worker.in_tile.data(), low, g.in_width);
-  strip.output = tile_block(worker.out_tile.data(), row_begin, g.out_width);
+  strip.input = tile_block<const A>(tiles.in.data(), low, g.in_width);
+  strip.output = tile_block(tiles.out.data(), row_begin, g.out_width);
   if constexpr (std::is_same_v<T, A>)
     if (in_place_) strip.input = source.block(start), strip.output = target.block(start);
   strip.blocks = last_block(group) - first_block(group);
   strip.last_lane = in_place_ ? block_start(last_block(group) - 1, output_.channels, L) - start : 0;
   strip.geometry = &g;
   strip.taps_stride = step_ * packed_;
-  strip.bias = bias_ ? worker.biases.data() : nullptr;
+  strip.bias = bias_ ? biases : nullptr;
   strip.streams = streams_;
   for (int64_t m = 0; m < step_; ++m) {
-    if (!in_place_)
-      load_tile(source, Lanes{start, step_, divide_, m}, lanes, low, high, worker.in_tile.data());
+    if (!in_place_) load_tile(source, Lanes{start, step_, divide_, m}, lanes, low, high, tiles.in.data());
     strip.accumulate = m > 0;
     strip.activation = m == step_ - 1 ? activation_ : Activation::none;
-    compute_strip(strip, source, target, worker.taps.data() + m * packed_, row_begin, row_end);
+    compute_strip(strip, source, target, taps + m * packed_, row_begin, row_end);
   }
-  if (!in_place_) store_tile<T, A>(target, Lanes{start}, lanes, row_begin, row_end, worker.out_tile.data());
+  if (!in_place_) store_tile<T, A>(target, Lanes{start}, lanes, row_begin, row_end, tiles.out.data());
   if (streams_) stream_fence();
   if (!moments_) return;
   const int64_t end = std::min(last_block(group) * L, output_.channels);
@@ -225,10 +239,15 @@ template <typename T>
 void Convolution<T>::run(ParallelFor threads) const {
   const int64_t rows = strip_rows(), strips = ceil_div(geometry_.out_height, rows);
   parallel_for(threads, batch_ * ceil_div(blocks_, group_) * strips, [&](int64_t begin, int64_t end) {
-    Worker worker(*this, rows);
+    const Tiles tiles(*this, rows);
+    std::optional<Packed> packed;
+    int64_t packed_group = -1;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item % strips * rows;
-      compute(worker, item / strips / batch_, item / strips % batch_, row,
+      const int64_t row = item % strips * rows, group = item / strips / batch_;
+      const int64_t image = item / strips % batch_;
+      if (packed_group != group) packed.emplace(*this, first_block(group), last_block(group));
+      packed_group = group;
+      compute(packed->taps.data(), packed->biases.data(), tiles, group, image, output_.next(image), row,
               std::min(row + rows, geometry_.out_height));
     }
   });
@@ -275,11 +294,26 @@ void depthwise_conv2d_vectorized_grad_input_cpu(const T* grad_output, const T* w
       .run(threads);
 }
 
-#define FASTCONV_INSTANTIATE(T)                                                                \
-  template void depthwise_conv2d_vectorized_forward_cpu<T>(                                    \
-      const T*, const T*, const T*, T*, const DepthwiseConv2dShape&, Activation, ParallelFor); \
-  template void depthwise_conv2d_vectorized_grad_input_cpu<T>(const T*, const T*, T*,          \
-                                                              const DepthwiseConv2dShape&, ParallelFor);
+template <typename T>
+RowSource depthwise_rows(const T* input, const T* weight, const T* bias, const DepthwiseConv2dShape& s,
+                         Activation activation) {
+  const auto convolution = std::make_shared<const Convolution<T>>(
+      input, s.in_channels, nullptr, s.out_channels, s.batch, s.channels_last, forward_geometry(s), weight,
+      s.kernel_height * s.kernel_width, bias, activation, 1, s.multiplier());
+  const auto packed = convolution->pack_all();
+  return {[=, channels = s.out_channels, height = s.out_height, width = s.out_width](
+              int64_t image, int64_t begin, int64_t end, void* target) {
+    T* const first = static_cast<T*>(target) - begin * width * channels;  // where row 0 would be
+    convolution->rows_into(*packed, image, begin, end, {first, channels, height, width, true});
+  }};
+}
+
+#define FASTCONV_INSTANTIATE(T)                                                                          \
+  template void depthwise_conv2d_vectorized_forward_cpu<T>(                                              \
+      const T*, const T*, const T*, T*, const DepthwiseConv2dShape&, Activation, ParallelFor);           \
+  template void depthwise_conv2d_vectorized_grad_input_cpu<T>(const T*, const T*, T*,                    \
+                                                              const DepthwiseConv2dShape&, ParallelFor); \
+  template RowSource depthwise_rows<T>(const T*, const T*, const T*, const DepthwiseConv2dShape&, Activation);
 FASTCONV_EACH_TYPE(FASTCONV_INSTANTIATE)
 #define FASTCONV_INSTANTIATE_MOMENTS(T)                             \
   template void depthwise_conv2d_vectorized_forward_moments_cpu<T>( \

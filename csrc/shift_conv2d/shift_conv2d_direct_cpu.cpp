@@ -33,7 +33,12 @@ void shift_conv2d_direct_forward_cpu(const T* input, const int64_t* offsets, con
                                      const Conv2dEpilogue<T>& epilogue, T* output, const Conv2dShape& s,
                                      ParallelFor threads) {
   DirectPass pass = direct_forward(s);
-  pass.move_row = rows_of_input<T>(offsets, s);
+  const int64_t values = s.in_width * s.in_channels;  // of a row
+  pass.source.bring = [=, move_row = rows_of_input<T>(offsets, s)](int64_t n, int64_t begin, int64_t end,
+                                                                   void* target) {
+    for (int64_t row = begin; row < end; ++row)
+      move_row(input + n * s.in_height * values, row, static_cast<T*>(target) + (row - begin) * values);
+  };
   direct_convolve(input, packed, epilogue, output, pass, threads);
 }
 

@@ -8,6 +8,7 @@ from .conv_transpose2d import ConvTranspose2d
 from .csc import CSC
 from .depthwise_conv2d import DepthwiseConv2d
 from .group_conv2d_shuffle import GroupConv2dShuffle
+from .separable_conv2d import SeparableConv2d
 from .shift2d import Shift2d
 from .shift_conv2d import ShiftConv2d
 from .temporal_shift import TemporalShift
@@ -21,6 +22,7 @@ __all__ = [
     "DepthwiseConv2d",
     "GroupConv2dShuffle",
     "Rule",
+    "SeparableConv2d",
     "Shift2d",
     "ShiftConv2d",
     "TemporalShift",

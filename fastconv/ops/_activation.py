@@ -16,9 +16,9 @@ ACTIVATIONS = (None, "relu", "relu6", "gelu", "gelu_tanh", "silu")
 FROM_OUTPUT = ("relu", "relu6")
 
 
-def check_activation(activation: str | None) -> None:
+def check_activation(activation: str | None, name: str = "activation") -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        raise ValueError(f"{name} must be one of {ACTIVATIONS}, got {activation!r}")
 
 
 def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:

@@ -29,11 +29,19 @@ def check_groups(input: torch.Tensor, weight: torch.Tensor, groups: int) -> None
         )
 
 
-def check_bias(bias: torch.Tensor | None, input: torch.Tensor, channels: int) -> None:
+def check_bias(bias: torch.Tensor | None, input: torch.Tensor, channels: int, name: str = "bias") -> None:
     if bias is not None:
-        check_tensor("bias", bias, rank=1, like=input)
+        check_tensor(name, bias, rank=1, like=input)
         if bias.shape[0] != channels:
-            raise ValueError(f"bias must have shape ({channels},), got {tuple(bias.shape)}")
+            raise ValueError(f"{name} must have shape ({channels},), got {tuple(bias.shape)}")
+
+
+def check_residual(residual: torch.Tensor | None, input: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises unless it is as the output, of this shape."""
+    if residual is not None:
+        check_tensor("residual", residual, rank=4, like=input)
+        if residual.shape != shape:
+            raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
 
 
 def check_operands(input, weight, stride, padding, dilation, groups, sides) -> None:

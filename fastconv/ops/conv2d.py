@@ -18,6 +18,7 @@ from ._convolution import (
     check_groups,
     check_not_packed,
     check_operands,
+    check_residual,
     define_pack_weight,
     double_backward,
     new_gradients,
@@ -177,13 +178,7 @@ def check(
     top, bottom, left, right = padding
     height = output_size(input.shape[2], weight.shape[2], stride[0], top + bottom, dilation[0])
     width = output_size(input.shape[3], weight.shape[3], stride[1], left + right, dilation[1], "width")
-    if residual is not None:
-        check_tensor("residual", residual, rank=4, like=input)
-        if residual.shape != (input.shape[0], weight.shape[0], height, width):
-            raise ValueError(
-                f"residual must have the output's shape {(input.shape[0], weight.shape[0], height, width)}, "
-                f"got {tuple(residual.shape)}"
-            )
+    check_residual(residual, input, (input.shape[0], weight.shape[0], height, width))
     return height, width
 
 
