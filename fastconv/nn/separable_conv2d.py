@@ -9,9 +9,10 @@ from ..ops._arguments import output_size, padding_sides
 from ..ops._folded_weights import folded_weight
 from ..ops._operator import PLAIN
 from ..ops.separable_conv2d import separable_conv2d
+from ._chains import CONVOLUTIONS, activation_of
 from ._convolution import takes
 from ._rules import check_backend, is_watched
-from .conv_bn_act import CONVOLUTIONS, ConvBNAct, activation_of
+from .conv_bn_act import ConvBNAct
 
 
 class SeparableConv2d(nn.Sequential):
