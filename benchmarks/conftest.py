@@ -8,6 +8,7 @@ move forward. PyTorch's own sides always run along, so that a ratio exists whate
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -15,8 +16,9 @@ import torch
 
 from fastconv.ceilings import measure
 
-from . import report, results
+from . import network_report, report, results
 from .harness import PASSES, Contender, Problem, contenders, layers, load
+from .networks import NetworkProblem
 
 
 class PlaybackClock:
@@ -39,8 +41,10 @@ CLOCK = PlaybackClock()
 class Entry:
     """What one test is about."""
 
-    problem: Problem
+    op: str
+    problem: Problem | NetworkProblem
     contender: Contender
+    peers: list[Contender]  # PyTorch's own sides
 
 
 def pytest_addoption(parser):
@@ -52,6 +56,7 @@ def pytest_addoption(parser):
     add("--dtype", default="float32", help="float32 (default), bfloat16, float16, float64")
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--batch", type=int, default=4, help="images, where the shape file does not say (default: 4)")
+    add("--image", type=int, default=224, help="height and width for whole networks (default: 224)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's)")
     add("--quick", action="store_true", help="only PyTorch and the library's own choice, few rounds")
     add("--rounds", type=int, default=20, help="turns of each contender (default: 20)")
@@ -79,21 +84,32 @@ def pytest_generate_tests(metafunc):
     if "contest" not in metafunc.fixturenames:
         return
     option = metafunc.config.getoption
-    benchmark, device = load(metafunc.module.BENCHMARK.op), option("device")
-    dtype = getattr(torch, option("dtype"))
-    entries = contenders(benchmark.op, device, backends_wanted=option("backends"), quick=option("quick"))
+    of_networks = hasattr(metafunc.module, "problems")
     parameters = []
+    for entry in (_of_networks if of_networks else _of_operator)(metafunc.module, option):
+        mark = pytest.mark.benchmark(group=str(entry.problem), timer=CLOCK.now)
+        name = f"{entry.problem} {entry.contender.name}".replace(" ", "-")
+        parameters.append(pytest.param(entry, id=name, marks=mark))
+    metafunc.parametrize("contest", parameters, indirect=True)
+
+
+def _of_operator(module, option) -> Iterator[Entry]:
+    benchmark, device = load(module.BENCHMARK.op), option("device")
+    entries = contenders(benchmark.op, device, backends_wanted=option("backends"), quick=option("quick"))
+    peers = [entry for entry in contenders(benchmark.op, device, quick=True) if entry.side == "torch"]
     for layer in layers(benchmark.op, option("shapes"), option("batch")):
         for direction in option("passes"):
-            problem = Problem(benchmark, layer, direction, dtype, device)
-            mark = pytest.mark.benchmark(group=str(problem), timer=CLOCK.now)
-            parameters += [
-                pytest.param(
-                    Entry(problem, entry), id=f"{problem} {entry.name}".replace(" ", "-"), marks=mark
-                )
-                for entry in entries
-            ]
-    metafunc.parametrize("contest", parameters, indirect=True)
+            problem = Problem(benchmark, layer, direction, getattr(torch, option("dtype")), device)
+            for entry in entries:
+                yield Entry(benchmark.op, problem, entry, peers)
+
+
+def _of_networks(module, option) -> Iterator[Entry]:
+    for problem in module.problems(option):
+        entries = module.contenders(option, problem)
+        peers = [entry for entry in entries if entry.side == "torch"]
+        for entry in entries:
+            yield Entry(network_report.OP, problem, entry, peers)
 
 
 @pytest.fixture
@@ -102,7 +118,7 @@ def contest(request, benchmark):
 
     def run() -> None:
         entry: Entry = request.param
-        group = _measured(request, entry.problem)
+        group = _measured(request, entry)
         if reason := group["left_out"].get(entry.contender.name):
             pytest.skip(reason)
         figures = next(e for e in group["contenders"] if e["name"] == entry.contender.name)
@@ -116,12 +132,12 @@ def contest(request, benchmark):
     return run
 
 
-def _measured(request, problem: Problem) -> dict:
-    groups = request.config.stash[GROUPS].setdefault(problem.benchmark.op, {})
+def _measured(request, wanted: Entry) -> dict:
+    problem = wanted.problem
+    groups = request.config.stash[GROUPS].setdefault(wanted.op, {})
     if str(problem) not in groups:
         option = request.config.getoption
-        selected = contenders(problem.benchmark.op, problem.device, quick=True, backends_wanted=())
-        selected = [contender for contender in selected if contender.side == "torch"]
+        selected = list(wanted.peers)
         for item in request.session.items:
             entry = item.callspec.params.get("contest") if hasattr(item, "callspec") else None
             if not isinstance(entry, Entry):  # an operator without such layers
@@ -132,7 +148,7 @@ def _measured(request, problem: Problem) -> dict:
             selected,
             rounds=min(option("rounds"), 5) if option("quick") else option("rounds"),
             seconds=option("seconds"),
-            ceilings=measure(problem.device),
+            ceilings=measure(option("device")),
         )
     return groups[str(problem)]
 
@@ -151,6 +167,7 @@ def pytest_terminal_summary(terminalreporter, config):
         result = results.collect(
             op, list(groups.values()), ceilings, config.getoption("dtype"), config.getoption("device_name")
         )
-        terminalreporter.write_line(report.console(result))
+        shown = network_report if op == network_report.OP else report
+        terminalreporter.write_line(shown.console(result))
         if config.getoption("save"):
             terminalreporter.write_line(f"raw results: {results.save(result)}")

@@ -131,7 +131,8 @@ def load(op: str) -> Benchmark:
 
 def operators() -> tuple[str, ...]:
     """The operators that have a benchmark."""
-    return tuple(sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")))
+    stems = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
+    return tuple(sorted(stems & set(backends.CHOICES)))  # not bench_models.py
 
 
 def networks() -> tuple[str, ...]:
@@ -277,8 +278,8 @@ class Problem:
                 times = interleave(calls, rounds, seconds=seconds, stopwatch=clock)
         work = self._work(inputs, grad_output, ceilings)
         for entry in entries:
-            entry.update(self._figures(times.get(entry["name"]), work))
-        _add_ratios(entries)
+            entry.update(self.figures(times.get(entry["name"]), work))
+        add_ratios(entries)
         return {
             "network": self.layer.network,
             "layer": self.layer.name,
@@ -402,7 +403,7 @@ class Problem:
         }
 
     @staticmethod
-    def _figures(times: list[float] | None, work: dict) -> dict[str, Any]:
+    def figures(times: list[float] | None, work: dict) -> dict[str, Any]:
         if not times:
             keys = ("seconds", "gflops", "gbytes", "percent_of_limit")
             return {**dict.fromkeys(keys), "rounds": []}
@@ -439,7 +440,7 @@ def tolerance(dtype: torch.dtype, terms: float) -> float:
     return 8 * (torch.finfo(summed_in).eps * math.sqrt(max(terms, 1)) + torch.finfo(dtype).eps / 2)
 
 
-def _add_ratios(entries: list[dict[str, Any]]) -> None:
+def add_ratios(entries: list[dict[str, Any]]) -> None:
     """``ratio``: how many times as fast as PyTorch in its best layout; ``ratio_same_layout``: in this one."""
     torch_entries = [entry for entry in entries if entry["side"] == "torch" and entry["seconds"]]
     best = min((entry["seconds"] for entry in torch_entries), default=None)

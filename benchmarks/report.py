@@ -135,11 +135,17 @@ def markdown(results: list[dict], pictures: bool = True) -> str:
     """What stands between the markers: for each machine its limits, the landmark layers and the networks."""
     if not results:
         return "No results yet: `python -m fastconv bench --save`."
+    from . import network_report
+
     parts: list[str] = []
     for device in dict.fromkeys(result["device"] for result in results):
         of_device = [result for result in results if result["device"] == device]
+        of_device.sort(key=lambda result: result["op"] != network_report.OP)  # whole networks come first
         parts += [f"### {device}", _machine(of_device[0])]
         for result in of_device:
+            if result["op"] == network_report.OP:
+                parts += [f"**Whole networks**, {result['dtype']}", network_report.markdown(result)]
+                continue
             parts += [f"**{result['op']}**, {result['dtype']}", _landmarks(result), _networks(result)]
             parts += [_pictures(result)] if pictures else []
     return "\n\n".join(part for part in parts if part)
@@ -262,7 +268,11 @@ def rewrite(text: str, results: list[dict]) -> str:
 
 
 def plot(result: dict, folder: Path) -> list[Path]:
-    """Draws the roofline and the bars of ratios; returns the files."""
+    """Draws the roofline and the bars of ratios of an operator; returns the files."""
+    from . import network_report
+
+    if result["op"] == network_report.OP:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")

@@ -31,21 +31,42 @@ ZEN = {  # (family, highest model) -> name, by AMD's model numbers
 
 def collect(op: str, groups: list[dict], ceilings: Ceilings, dtype: str, device_name: str | None) -> dict:
     """One result file: the groups of :meth:`.harness.Problem.measure`, and what they were run on."""
-    commit, dirty = revision()
     return {
         "schema": SCHEMA,
         "op": op,
         "device": device_name or name_of_device(ceilings),
         "dtype": dtype,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "uncommitted_changes": dirty,
+        **moment(),
         "threads": ceilings.threads,
-        "load": os.getloadavg()[0],
         "versions": versions(),
         "ceilings": ceilings.as_dict(),
         "groups": groups,
     }
+
+
+def moment() -> dict:
+    """When a measurement is made, of which commit, and how busy the machine is."""
+    commit, dirty = revision()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "uncommitted_changes": dirty,
+        "load": os.getloadavg()[0],
+    }
+
+
+def with_earlier(result: dict, path: Path | None = None) -> dict:
+    """A result, and of the file that it will replace the groups that it has not measured again."""
+    path = path or default_path(result)
+    if not path.exists():
+        return result
+
+    def key(group: dict) -> tuple:
+        return group["network"], group["layer"], group["pass"]
+
+    new = {key(group) for group in result["groups"]}
+    kept = [group for group in read(path)["groups"] if key(group) not in new]
+    return {**result, "groups": kept + result["groups"]}
 
 
 def save(result: dict, path: Path | None = None) -> Path:

@@ -2,6 +2,10 @@
 
 Every figure stands beside the machine's limit, which is measured first; a kernel whose result is wrong is
 refused. The same suite runs under pytest-benchmark with: pytest benchmarks/
+
+"bench models" times whole networks, inference and training steps, against PyTorch, torch.compile, ONNX
+Runtime and OpenVINO (float32, CPU); the engines come with: pip install 'fastconv[engines]'. With --save each
+row is written as it comes, and those that the file has of other networks stay.
 """
 
 from __future__ import annotations
@@ -17,12 +21,12 @@ import torch
 
 from .._format import progress_bars
 from . import UserError
-from ._model import warn_if_busy
+from ._model import positive, warn_if_busy
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("op", nargs="?", help="the operator (default: all that have a benchmark)")
+    add("op", nargs="?", help='the operator (default: all that have a benchmark), or "models"')
     add(
         "--shapes",
         nargs="+",
@@ -34,10 +38,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--passes", nargs="+", choices=passes, default=passes, help="which (default: both)")
     add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--batch", type=int, default=4, help="images, where the shape file does not say (default: 4)")
+    add(
+        "--batch",
+        type=_batches,
+        metavar="N[,N]",
+        help="images, where the shape file does not say (default: 4; of whole networks 1,4)",
+    )
+    add("--image", type=positive, default=224, help="height and width for whole networks (default: 224)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's)")
     add("--rounds", type=int, default=20, help="turns of each contender (default: 20)")
-    add("--seconds", type=float, default=3.0, help="longest time for a layer's pass, after three rounds (3)")
+    add(
+        "--seconds",
+        type=float,
+        default=3.0,
+        help="longest time for a layer's pass, or for each contender of a network, after three rounds (3)",
+    )
     add("--within", type=float, metavar="SECONDS", help="stop after this long, with what is measured by then")
     add("--peers", nargs="+", choices=("torch", "torch.compile"), default=("torch",), help="compare with")
     add("--quick", action="store_true", help="PyTorch and the library's own choice only")
@@ -49,6 +64,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    if args.op == "models":
+        from . import _bench_models
+
+        return _bench_models.run(args)
     suite("harness")
     from benchmarks import harness, report, results
 
@@ -59,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(str(error)) from None
     if args.json and len(problems_of) > 1:
         raise UserError("--json takes one operator; name it, or use --save")
-    ceilings = _ceilings(args, console)
+    ceilings = ceilings_here(args, console)
     refused: list[str] = []
     partial = None
     for op, (problems, contenders) in problems_of.items():
@@ -86,6 +105,10 @@ def run(args: argparse.Namespace) -> int:
     for line in refused:
         console.print(f"refused: {line}", style="red", markup=False)
     return 130 if partial is not None else int(bool(refused))
+
+
+def _batches(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
 
 def suite(module: str) -> ModuleType:
@@ -132,17 +155,20 @@ def _operators(harness: ModuleType, args: argparse.Namespace) -> tuple[str, ...]
 def _problems(harness: ModuleType, op: str, args: argparse.Namespace):
     benchmark = harness.load(op)
     shapes = args.shapes or (["landmarks"] if args.quick else None)
+    batches = args.batch or [4]
+    if len(batches) > 1:
+        raise ValueError(f"--batch must be one number for an operator, got {batches}")
     contenders = harness.contenders(
         op, args.device, backends_wanted=args.backends, peers=args.peers, quick=args.quick
     )
     return [
         harness.Problem(benchmark, layer, direction, getattr(torch, args.dtype), args.device)
-        for layer in harness.layers(op, shapes, args.batch)
+        for layer in harness.layers(op, shapes, batches[0])
         for direction in args.passes
     ], contenders
 
 
-def _ceilings(args: argparse.Namespace, console):
+def ceilings_here(args: argparse.Namespace, console):
     from fastconv import ceilings
 
     if args.threads:
