@@ -3,116 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib
 
 import pytest
 import torch
-from cases import DEVICE
+from compiled import Block, Compiled, close, graphs, images, needs_kernel, randomized, step
 from torch import nn
 from torch.nn import functional as F
 
-import fastconv
-
-graphs = importlib.import_module("fastconv.optimize._graph")
-fusion = importlib.import_module("fastconv.optimize._fusion")
-pytestmark = pytest.mark.skipif(
-    DEVICE != "cpu" or fastconv.available("conv2d")[0] != "cpu", reason="no compiled CPU kernel here"
-)
-
-
-class Compiled:
-    """A model or a function, compiled, and what was fused: ``"conv_bn_act (conv2d, batch_norm, relu)"``.
-
-    Args:
-        rest: what compiles the graph: ``"inductor"``, or ``"aot_eager"``, which takes a tenth of the time.
-    """
-
-    def __init__(self, function, rest="aot_eager", **keywords):
-        torch._dynamo.reset()
-        self.graphs, self.left, self._rest = [], [], rest
-        self._call = torch.compile(function, backend=self._backend, fullgraph=True, **keywords)
-
-    def _backend(self, module, inputs):
-        fuse, lookup = fusion.fuse, torch._dynamo.lookup_backend
-
-        def noted(*arguments):
-            rows = fuse(*arguments)
-            self.graphs.append([f"{row.op} ({row.idiom})" for row in rows if row.reason is None])
-            self.left += [(row.idiom, row.reason) for row in rows if row.reason is not None]
-            return rows
-
-        def rest(module, inputs, config_patches):
-            return lookup(self._rest)(module, inputs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fusion, "fuse", noted)
-            if self._rest != "inductor":
-                patch.setattr(torch._dynamo, "lookup_backend", lambda _: rest)
-            return graphs.compile_graph(module, inputs)
-
-    def __call__(self, *inputs):
-        return self._call(*inputs)
-
-    @property
-    def fused(self):
-        """Of the only graph."""
-        (found,) = self.graphs
-        return found
-
-
-class Block(nn.Module):
-    """What residual networks are made of; the addition is as their authors write it."""
-
-    def __init__(self, channels=3, filters=32, stride=1, affine=True, tracks=True, inplace=True):
-        super().__init__()
-
-        def norm():
-            return nn.BatchNorm2d(filters, affine=affine, track_running_stats=tracks)
-
-        self.conv1 = nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(filters, filters, 3, padding="same")
-        self.shortcut = nn.Sequential(nn.Conv2d(channels, filters, 1, stride), norm())
-        self.norm1, self.norm2, self.act = norm(), norm(), nn.ReLU(inplace)
-
-    def forward(self, x):
-        y = self.act(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        y += self.shortcut(x)
-        return self.act(y)
-
-
-def randomized(model, dtype=torch.float32):
-    """Numbers of batch normalisation that are not zeros and ones."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                if tensor is not None:
-                    nn.init.uniform_(tensor, 0.5, 1.5)
-    return model.to(dtype)
-
-
-def images(*shape, dtype=torch.float32, channels_last=False):
-    x = torch.randn(shape, dtype=dtype)
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-
-
-def close(actual, expected):
-    limits = {"rtol": 1e-9, "atol": 1e-9} if expected.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(actual, expected, **limits)
-    steps = (
-        [step for size, step in zip(t.shape, t.stride(), strict=True) if size > 1] for t in (actual, expected)
-    )
-    assert next(steps) == next(steps)
-
-
-def step(function, model, x):
-    """Output, and gradients of everything."""
-    model.zero_grad()
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    output = function(x)
-    output.sin().mean().backward()
-    return [output.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
-
+pytestmark = needs_kernel
 
 RESIDUAL = [
     "conv_bn_act (conv2d, batch_norm, relu)",
@@ -127,7 +25,7 @@ def test_inference(dtype, channels_last):
     model = randomized(Block(16), dtype).eval()
     x = images(2, 16, 32, 33, dtype=dtype, channels_last=channels_last)
     with torch.no_grad():
-        compiled = Compiled(model, "inductor" if dtype == torch.float32 else "aot_eager")
+        compiled = Compiled(model, "inductor" if dtype == torch.float32 else "eager")
         close(compiled(x), model(x))
     assert sorted(compiled.fused) == sorted(RESIDUAL)
 
@@ -139,7 +37,7 @@ def test_inference(dtype, channels_last):
 def test_training_steps_and_then_inference(dtype, options):
     model = randomized(Block(**options), dtype)
     ours = copy.deepcopy(model)
-    compiled = Compiled(ours, "inductor" if dtype == torch.float32 else "aot_eager")
+    compiled = Compiled(ours, "inductor" if dtype == torch.float32 else "eager")
     for _ in range(3):
         x = images(2, 3, 17, 18, dtype=dtype)
         for actual, expected in zip(step(compiled, ours, x), step(model, model, x), strict=True):
@@ -178,7 +76,7 @@ def test_a_batch_of_any_size():
     with torch.no_grad():
         compiled = Compiled(model, "inductor")
         for batch in (2, 3, 5):
-            x = images(batch, 16, 17, 18)
+            x = images(batch, 16, 32, 33)
             torch._dynamo.mark_dynamic(x, 0)
             close(compiled(x), model(x))
     assert sorted(compiled.fused) == sorted(RESIDUAL), "one graph"
@@ -281,3 +179,100 @@ def test_sums_of_other_shapes_and_other_activations():
     for activation in (F.silu, F.gelu, F.relu6, lambda y: F.gelu(y, approximate="tanh")):
         (fused,) = left(lambda x, w, act=activation: act(F.conv2d(x, w)), x, weight)
         assert fused in {f"conv2d (conv2d, {name})" for name in ("silu", "gelu", "relu6", "hardtanh")}
+
+
+class Shared(nn.Module):
+    """One convolution for two images, and one normalisation for both of its results."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.conv(x)))
+        return F.silu(self.norm(self.conv(y)) + y)
+
+
+def test_shared_layers():
+    model = randomized(Shared())
+    ours, x = copy.deepcopy(model), images(2, 16, 32, 32)
+    compiled = Compiled(ours)
+    for _ in range(2):
+        for actual, expected in zip(step(compiled, ours, x), step(model, model, x), strict=True):
+            close(actual, expected)
+    for actual, expected in zip(ours.buffers(), model.buffers(), strict=True):
+        close(actual, expected)
+    assert [name for name in compiled.fused if "batch_norm" in name] == [
+        "conv_bn_act (batch_norm, relu)",
+        "conv_bn_act (batch_norm, add, silu)",
+    ]
+    with torch.no_grad():
+        compiled = Compiled(ours.eval())
+        close(compiled(x), model.eval()(x))
+    assert compiled.fused == [
+        "conv_bn_act (conv2d, batch_norm, relu)",
+        "conv_bn_act (conv2d, batch_norm, add, silu)",
+    ]
+
+
+@pytest.mark.parametrize("frozen", ["norm", "all", "statistics"])
+def test_frozen_normalisation(frozen):
+    """Where its own parameters take no gradient it is folded, and the convolution's gradient goes through."""
+    model = randomized(Block(16)).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(frozen == "statistics")
+    if frozen == "all":
+        model.requires_grad_(False)
+    x = images(2, 16, 24, 24, dtype=torch.float64)
+    compiled = Compiled(model)
+    for actual, expected in zip(step(compiled, model, x), step(model, model, x), strict=True):
+        close(actual, expected)
+    if frozen == "statistics":
+        assert set(compiled.fused) == {"conv2d (conv2d)"}
+        assert any("takes a gradient" in reason for _, reason in compiled.left)
+    else:
+        assert sorted(compiled.fused) == sorted(RESIDUAL)
+
+
+def test_a_momentum_of_none():
+    """Its weight of the new batch is a number that the program reads from a tensor: two graphs."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU())
+    ours = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend=graphs.compile_graph)
+    for _ in range(3):
+        x = images(2, 3, 9, 9)
+        for actual, expected in zip(step(compiled, ours, x), step(model, model, x), strict=True):
+            close(actual, expected)
+    for actual, expected in zip(ours.buffers(), model.buffers(), strict=True):
+        close(actual, expected)
+
+
+def test_under_autocast():
+    """Convolutions of other types than their weights' stay with PyTorch."""
+    model, x = randomized(Block(16)).eval(), images(1, 16, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        compiled = Compiled(model)
+        torch.testing.assert_close(compiled(x), model(x), rtol=0.05, atol=0.05)
+    assert compiled.fused == []
+    half = model.bfloat16()
+    with torch.no_grad():
+        compiled = Compiled(half)
+        exact = copy.deepcopy(half).float()(x.bfloat16().float())
+        torch.testing.assert_close(compiled(x.bfloat16()).float(), exact, rtol=0.05, atol=0.05)
+    assert compiled.fused
+
+
+def test_gradients_switched_within_the_graph():
+    model, x = randomized(Block(16)).double().eval(), images(2, 16, 24, 24, dtype=torch.float64)
+
+    def function(x):
+        with torch.no_grad():
+            y = model.act(model.norm1(model.conv1(x)))
+        return model.conv2(y + x.mean())
+
+    compiled = Compiled(function)
+    for actual, expected in zip(step(compiled, model, x), step(function, model, x), strict=True):
+        close(actual, expected)
+    assert compiled.fused == ["conv2d (conv2d)"] * 2, "what takes gradients elsewhere is not folded"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from ..backends import BackendError
@@ -354,7 +355,7 @@ def call(graph: fx.Graph, target: Any, args: tuple, kwargs: dict[str, Any] | Non
     kwargs = kwargs or {}
     node = graph.call_function(target, args, kwargs)
     values = fx.node.map_arg((args, kwargs), value_of)
-    mode = next(filter(None, (getattr(value_of(n), "fake_mode", None) for n in node.all_input_nodes)))
+    mode = next(leaf.fake_mode for leaf in tree_leaves(values) if isinstance(leaf, FakeTensor))
     with no_guards(mode), mode:
         node.meta["example_value"] = target(*values[0], **values[1])
     return node

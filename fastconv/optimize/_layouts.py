@@ -104,7 +104,7 @@ def _values(graph: fx.Graph, images: list[fx.Node]) -> dict[fx.Node, Any]:
         was_view = memory_of(node) & memory_of(*node.all_input_nodes)
         is_view = storages(values[node]) & storages([values[n] for n in node.all_input_nodes])
         if bool(was_view) != bool(is_view):  # a reshape that copies now
-            outputs = graph.output_node().all_input_nodes
+            outputs = (n for n in graph.output_node().all_input_nodes if n is not node)
             if is_written(graph.nodes, was_view) or was_view & memory_of(*outputs):
                 raise _Depends(node.name)
     return values

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from ..ops._folded_weights import folded_weight
-from ..ops._packed_weights import pack_weight, packed_weight
+from ..ops._folded_weights import fold
+from ..ops._packed_weights import made_of, pack_weight, packed_weight
 
 Source = int | torch.Tensor | None  # the position of an input, or a tensor that the graph holds
 
@@ -34,21 +34,22 @@ class Recipe:
     groups: int
     algorithm: str | None
 
-    def make(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+    def make(self, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """Weight and bias, if they are folded; then the packed weight, if it is. Kept for the next call."""
+        sources = (self.weight,) if self.norm is None else (self.weight, self.bias, *self.norm)
+        tensors = tuple(inputs[source] if type(source) is int else source for source in sources)
+        packing = (self.groups, self.algorithm)
+        if self.norm is None:
+            packed = packed_weight("conv2d", *tensors, *packing)
+            return (pack_weight("conv2d", *tensors, *packing) if packed is None else packed,)
+        made = made_of(tensors, "fold_and_pack", (self.eps, *packing), _fold_and_pack)
+        return _fold_and_pack(*tensors, self.eps, *packing) if made is None else made
 
-        def tensor(source: Source) -> Any:
-            return inputs[source] if type(source) is int else source
 
-        weight, made = tensor(self.weight), []
-        if self.norm is not None:
-            made += folded_weight(weight, tensor(self.bias), *map(tensor, self.norm), self.eps)
-            weight = made[0]
-        if self.algorithm is not None:
-            arguments = ("conv2d", weight, self.groups, self.algorithm)
-            packed = packed_weight(*arguments)
-            made.append(pack_weight(*arguments) if packed is None else packed)
-        return made
+def _fold_and_pack(*operands: Any) -> tuple[torch.Tensor, ...]:
+    *operands, groups, algorithm = operands
+    folded = fold(*operands)
+    return folded if algorithm is None else (*folded, pack_weight("conv2d", folded[0], groups, algorithm))
 
 
 class Prepared:
