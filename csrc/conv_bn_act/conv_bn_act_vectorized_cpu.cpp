@@ -27,7 +27,7 @@ constexpr int64_t least_width = 256;  // values of a row, if there are so many
 template <typename T>
 bool streams_runs(const T* images, const BatchNormShape& s, int64_t run) {
   return std::is_same_v<T, float> && run % lanes_of<float> == 0 &&
-         stores_past_caches(images, s.size() * int64_t(sizeof(T)), s.channels_last ? 4 << 20 : 2 << 20);
+         stores_past_caches(images, s.size() * int64_t(sizeof(T)), s.channels_last ? 16 << 20 : 2 << 20);
 }
 
 // Contiguous: a channel at a time.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.utils.flop_counter import register_flop_formula
 
 library = torch.library.Library("fastconv", "FRAGMENT")
@@ -179,13 +180,15 @@ class Operator:
     @staticmethod
     def _autograd_for(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
         front = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
+        # What Function.apply comes to without torch.func; on its way it inspects a signature, for 15 us.
+        apply = super(torch.autograd.Function, function).apply
 
         def differentiable(*arguments: Any) -> Any:
             if not _is_differentiated(arguments):
                 with torch._C._AutoDispatchBelowAutograd():
                     return op(*arguments)
             if not torch._C._are_functorch_transforms_active():
-                return function.apply(*arguments)
+                return apply(*unwrap_dead_wrappers(arguments))
             # torch.func steps aside when it calls an operator; a Function needs it back in front.
             include = torch._C._dispatch_tls_local_include_set() | front
             exclude = torch._C._dispatch_tls_local_exclude_set() - front
