@@ -21,6 +21,7 @@ from ..ops.conv2d import conv2d
 from ..ops.conv_bn_act import _convolve as convolve
 from ..ops.conv_bn_act import conv_bn_act
 from ._convolution import takes
+from ._inference import run_known, run_new
 from ._rules import is_watched
 from .conv2d import Conv2d
 from .depthwise_conv2d import DepthwiseConv2d
@@ -196,6 +197,11 @@ def run_chain(
     That is a layer of another type, with hooks or a forward of its own, or a tensor that no kernel serves, or
     that would be broadcast or converted.
     """
+    if backend is None and _has_types(conv, norm, layer) and norm is not None:
+        activation = None if layer is None else activation_of(layer)
+        output = run_known(conv, norm, activation, input, residual)
+        if output is not None:
+            return output
     if _is_chain(conv, norm, layer, input, residual):
         return _chain(conv, norm, layer, input, residual, backend)
     return _one_by_one(conv, norm, layer, input, residual)
@@ -208,14 +214,20 @@ def _one_by_one(conv, norm, layer, input, residual=None):
     return output if layer is None else layer(output)
 
 
-def _is_chain(conv, norm, layer, input, residual) -> bool:
+def _has_types(conv, norm, layer) -> bool:
     return (
         type(conv) in CONVOLUTIONS
         and (norm is None or type(norm) is nn.BatchNorm2d)
         and (layer is None or _can_follow(norm, activation_of(layer)))
+        and not any(map(is_alone, (conv, norm, layer)))
+    )
+
+
+def _is_chain(conv, norm, layer, input, residual) -> bool:
+    return (
+        _has_types(conv, norm, layer)
         and getattr(conv, "activation", None) is None
         and getattr(conv, "algorithm", None) is None
-        and not any(map(is_alone, (conv, norm, layer)))
         and type(input) in PLAIN
         and takes(input, conv.weight, conv.bias)
         and _is_ordinary(conv, norm, input)
@@ -290,6 +302,8 @@ def conv_norm_act(
     }
     if norm is None:
         return convolve(input, conv.weight, conv.bias, geometry, activation, residual, backend)
+    if backend is None and (output := run_new(conv, norm, activation, input, residual)) is not None:
+        return output
     training = norm.training or norm.running_mean is None
     tracks = norm.training and norm.track_running_stats
     momentum = 0.0 if norm.momentum is None else norm.momentum

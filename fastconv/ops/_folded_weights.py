@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ._packed_weights import made_of
+from ._packed_weights import made_of, pack_weight
 
 Numbers = torch.Tensor | None
 
@@ -37,3 +39,10 @@ def fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps):
     if bn_bias is not None:
         shift = shift + bn_bias
     return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
+
+
+def fold_and_pack(*operands: Any) -> tuple[torch.Tensor, ...]:
+    """Of ``(*tensors, eps, groups, algorithm)``: weight, bias and, for an algorithm, the packed weight."""
+    *operands, groups, algorithm = operands
+    folded = fold(*operands)
+    return folded if algorithm is None else (*folded, pack_weight("conv2d", folded[0], groups, algorithm))

@@ -112,21 +112,34 @@ def made_of(
 
     None where nothing may be kept: the call that makes it belongs to what is recorded.
     """
+    made = kept_of(tensors, name, arguments)
+    if made is not None or _must_not_be_kept(tensors):
+        return made
+    key = (tuple(map(id, tensors)), name, *arguments)
+    return _make(key, tensors, make) if all(t is None or _can_be_kept(t) for t in tensors) else None
+
+
+def _must_not_be_kept(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     if is_recorded():
-        return None
+        return True
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
-                return None
+                return True
+    return False
+
+
+def kept_of(tensors: tuple[torch.Tensor | None, ...], name: str, arguments: tuple) -> Any:
+    """What :func:`made_of` made of the same in an earlier call; None if it did not, or that is gone."""
     key = (tuple(map(id, tensors)), name, *arguments)
     kept = _kept.get(key)
-    if kept is not None and kept.holds(tensors):
-        try:  # noqa: SIM105 (contextlib.suppress takes 0.3 us)
-            _kept.move_to_end(key)
-        except KeyError:  # another thread has let go of it
-            pass
-        return kept.made
-    return _make(key, tensors, make) if all(t is None or _can_be_kept(t) for t in tensors) else None
+    if kept is None or _must_not_be_kept(tensors) or not kept.holds(tensors):
+        return None
+    try:  # noqa: SIM105 (contextlib.suppress takes 0.3 us)
+        _kept.move_to_end(key)
+    except KeyError:  # another thread has let go of it
+        pass
+    return kept.made
 
 
 def _can_be_kept(weight: torch.Tensor) -> bool:

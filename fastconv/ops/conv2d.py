@@ -129,18 +129,33 @@ def conv2d(
     if plan is None:
         check_tensor("input", input, rank=4)
         if is_autocast(input):
-            input, weight, bias, residual = autocast(input.device.type, tensors)
-        stride, dilation = pair("stride", stride), pair("dilation", dilation)
-        groups = integer("groups", groups)
-        check_tensor("weight", weight, rank=4, like=input)
-        padding = padding_sides(padding, weight.shape[2:], stride, dilation)
-        geometry = (stride, padding, dilation, groups)
-        check(input, weight, bias, residual, *geometry, activation)
-        fused = activation is not None or residual is not None
-        backend = choose(backend, algorithm, input, weight, *geometry, fused)
-        if backend == "cpu" and algorithm is None:
-            algorithm = default_algorithm(input, weight, *geometry, fused)
-        plan = _plans.keep(key, (backend, algorithm, geometry))
+            input, weight, bias, residual = tensors = autocast(input.device.type, tensors)
+        made = make_plan(*tensors, stride, padding, dilation, groups, activation, backend, algorithm)
+        plan = _plans.keep(key, made)
+    backend, algorithm, geometry = plan
+    packed = packed_weight("conv2d", weight, geometry[-1], algorithm) if backend == "cpu" else None
+    return run_plan(plan, input, weight, bias, residual, packed, activation)
+
+
+def make_plan(
+    input, weight, bias, residual, stride, padding, dilation, groups, activation, backend=None, algorithm=None
+) -> tuple[str, str | None, tuple]:
+    """Checks a call; returns the backend, the algorithm and the geometry in its normal form."""
+    stride, dilation = pair("stride", stride), pair("dilation", dilation)
+    groups = integer("groups", groups)
+    check_tensor("weight", weight, rank=4, like=input)
+    padding = padding_sides(padding, weight.shape[2:], stride, dilation)
+    geometry = (stride, padding, dilation, groups)
+    check(input, weight, bias, residual, *geometry, activation)
+    fused = activation is not None or residual is not None
+    backend = choose(backend, algorithm, input, weight, *geometry, fused)
+    if backend == "cpu" and algorithm is None:
+        algorithm = default_algorithm(input, weight, *geometry, fused)
+    return backend, algorithm, geometry
+
+
+def run_plan(plan, input, weight, bias, residual, packed, activation) -> torch.Tensor:
+    """What :func:`make_plan` has checked; ``packed`` is the weight packed for the plan, or None."""
     backend, algorithm, geometry = plan
     if backend == "aten":
         return aten(input, weight, bias, residual, *geometry, activation, algorithm)
@@ -151,7 +166,6 @@ def conv2d(
             padded, weight, bias, stride, 0, dilation, groups, activation=activation, residual=residual
         )
         return as_memory_format(output, memory_format_of(input))
-    packed = packed_weight("conv2d", weight, geometry[-1], algorithm) if backend == "cpu" else None
     return forward_operator(backend, input, weight, bias, residual, packed, *geometry, activation, algorithm)
 
 

@@ -96,12 +96,26 @@ def depthwise_conv2d(
     check_tensor("input", input, rank=4)
     if is_autocast(input):
         input, weight, bias = autocast(input.device.type, (input, weight, bias))
+    plan = make_plan(input, weight, bias, stride, padding, dilation, activation, backend, algorithm)
+    return run_plan(plan, input, weight, bias, activation)
+
+
+def make_plan(
+    input, weight, bias, stride, padding, dilation, activation, backend=None, algorithm=None
+) -> tuple[str, str | None, tuple]:
+    """Checks a call; returns the backend, the algorithm and the geometry in its normal form."""
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     check_tensor("weight", weight, rank=4, like=input)
     padding = padding_sides(padding, weight.shape[2:], stride, dilation)
     check(input, weight, bias, stride, padding, dilation, activation)
-    backend = choose(backend, algorithm, input, weight, stride, dilation)
-    arguments = (input, weight, bias, stride, padding, dilation)
+    return choose(backend, algorithm, input, weight, stride, dilation), algorithm, (stride, padding, dilation)
+
+
+def run_plan(plan, input, weight, bias, activation) -> torch.Tensor:
+    """What :func:`make_plan` has checked."""
+    backend, algorithm, geometry = plan
+    stride, padding, dilation = geometry
+    arguments = (input, weight, bias, *geometry)
     if backend == "aten":
         return _aten(*arguments, activation)
     if backend == "reference":

@@ -1,0 +1,100 @@
+"""Chains in inference, again: a call like one that was looked at before needs few looks.
+
+All the checks of :mod:`fastconv.nn._chains` take longer than a small convolution. What they came to is kept
+in the plans of :mod:`fastconv.ops._plans`, the folded and packed weights in
+:mod:`fastconv.ops._packed_weights`, which notices each change of the six tensors that they are made of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops import _plans, conv2d, depthwise_conv2d
+from ..ops._activation import add_and_activate
+from ..ops._folded_weights import fold_and_pack
+from ..ops._packed_weights import kept_of, made_of
+
+
+def _key(conv: nn.Module, norm: nn.Module, activation: str | None, input: Any, residual: Any) -> Any:
+    """Of all that decides how a chain runs but its values; None where the layers must be looked at."""
+    own = conv.__dict__
+    if (
+        norm.__dict__["training"]
+        or own["padding_mode"] != "zeros"
+        or own.get("activation") is not None
+        or own.get("backend") is not None
+        or own.get("algorithm") is not None
+    ):
+        return None
+    parameters = own["_parameters"]
+    tensors = (input, parameters["weight"], parameters["bias"], residual)
+    geometry = own["stride"], own["padding"], own["dilation"], own["groups"]
+    return _plans.key_of("chain", tensors, *geometry, activation)
+
+
+def _tensors(conv: nn.Module, norm: nn.Module) -> tuple[torch.Tensor | None, ...]:
+    parameters = conv.__dict__["_parameters"]
+    numbers, running = norm.__dict__["_parameters"], norm.__dict__["_buffers"]
+    return (
+        parameters["weight"],
+        parameters["bias"],
+        running["running_mean"],
+        running["running_var"],
+        numbers["weight"],
+        numbers["bias"],
+    )
+
+
+def run_known(
+    conv: nn.Module, norm: nn.Module, activation: str | None, input: Any, residual: Any
+) -> torch.Tensor | None:
+    """``act(norm(conv(input)) + residual)`` as in an earlier call; None where there was none."""
+    key = _key(conv, norm, activation, input, residual)
+    found = _plans.find(key)
+    if found is None:
+        return None
+    run, plan, making = found
+    made = kept_of(_tensors(conv, norm), "fold_and_pack", (norm.__dict__["eps"], *making))
+    return None if made is None else run(plan, made, input, residual, activation)
+
+
+def run_new(
+    conv: nn.Module,
+    norm: nn.Module,
+    activation: str | None,
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The same, of a chain that was checked; None where nothing may be kept."""
+    key = _key(conv, norm, activation, input, residual)
+    if key is None or norm.running_mean is None:
+        return None
+    geometry = conv.stride, conv.padding, conv.dilation
+    if conv.groups == input.shape[1] > 1 and conv.weight.shape[1] == 1:
+        inner = None if residual is not None else activation
+        plan = depthwise_conv2d.make_plan(input, conv.weight, conv.bias, *geometry, inner)
+        found = _run_depthwise, plan, (conv.groups, None)
+    else:
+        tensors = (input, conv.weight, conv.bias, residual)
+        plan = conv2d.make_plan(*tensors, *geometry, conv.groups, activation)
+        found = _run_dense, plan, (conv.groups, plan[1] if plan[0] == "cpu" else None)
+    run, plan, making = found
+    made = made_of(_tensors(conv, norm), "fold_and_pack", (norm.eps, *making), fold_and_pack)
+    if made is None:
+        return None
+    _plans.keep(key, found)
+    return run(plan, made, input, residual, activation)
+
+
+def _run_dense(plan, made, input, residual, activation):
+    weight, bias, *packed = made
+    return conv2d.run_plan(plan, input, weight, bias, residual, *(packed or [None]), activation)
+
+
+def _run_depthwise(plan, made, input, residual, activation):
+    if residual is None:
+        return depthwise_conv2d.run_plan(plan, input, *made, activation)
+    return add_and_activate(depthwise_conv2d.run_plan(plan, input, *made, None), residual, activation)
