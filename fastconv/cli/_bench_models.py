@@ -35,6 +35,11 @@ def run(args: argparse.Namespace) -> int:
         found = results.collect(report.OP, groups, ceilings, args.dtype, args.device_name)
         return {**found, "versions": {**found["versions"], **engines.versions()}}
 
+    try:
+        if args.json or args.save:
+            results.with_earlier(result(), args.json)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     start, interrupted = time.perf_counter(), False
     with progress_bars(console) as progress:
         task = progress.add_task("", total=len(problems))
