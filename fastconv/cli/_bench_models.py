@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
                 raise
             interrupted = True
     found = result()
-    console.print(report.console(found, max(100, console.width)), markup=False, highlight=False)
+    print(report.console(found, max(100, console.width)))  # as it is: a narrow terminal would break its lines
     for line in left_out(found):
         console.print(f"left out: {line}", style="dim", markup=False)
     for doubt in doubts(found):
