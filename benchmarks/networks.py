@@ -30,7 +30,7 @@ from fastconv.optimize._swap import optimize_with_progress
 from . import attribution, engines
 from .harness import PASSES, Contender, Problem, add_ratios
 
-BATCHES = (1, 4)
+BATCHES, IMAGE = (1, 4), 224
 # What is measured, with options under which nothing is random; and in which passes.
 _STILL = {"dropout": 0.0}
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -108,7 +108,7 @@ class NetworkProblem:
     network: str
     batch: int
     direction: str
-    image: int = 224
+    image: int = IMAGE
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -116,7 +116,12 @@ class NetworkProblem:
             raise ValueError(f"direction must be one of {PASSES}, got {self.direction!r}")
 
     def __str__(self) -> str:
-        return f"{self.network}, batch {self.batch}, {self.direction}"
+        return f"{self.network}, {self.layer}, {self.direction}"
+
+    @property
+    def layer(self) -> str:
+        """What the problem is called among those of its network."""
+        return f"batch {self.batch}" + ("" if self.image == IMAGE else f", {self.image}x{self.image}")
 
     @property
     def training(self) -> bool:
@@ -202,7 +207,7 @@ class NetworkProblem:
         add_ratios(entries)
         group = {
             "network": self.network,
-            "layer": f"batch {self.batch}",
+            "layer": self.layer,
             "sizes": {"batch": self.batch, "channels": 3, "height": self.image, "width": self.image},
             "pass": self.direction,
             "dtype": "float32",
@@ -216,6 +221,8 @@ class NetworkProblem:
             best = min(ours, key=lambda entry: entry["seconds"])
             found = attribution.measure(calls[best["name"]], ceilings)
             group["attribution"] = {"name": best["name"], "seconds": best["seconds"], **found}
+        for name in ("model", "file", "input"):  # a list of problems need not hold all networks
+            self.__dict__.pop(name, None)
         return group
 
     def _model(self, layout: str) -> nn.Module:

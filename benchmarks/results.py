@@ -56,16 +56,24 @@ def moment() -> dict:
 
 
 def with_earlier(result: dict, path: Path | None = None) -> dict:
-    """A result, and of the file that it will replace the groups that it has not measured again."""
+    """A result, and of the file that it will replace the groups that it has not measured again.
+
+    Raises:
+        ValueError: that file is no result, or of something else.
+    """
     path = path or default_path(result)
     if not path.exists():
         return result
+    earlier = read(path)
+    for key in ("op", "device", "dtype"):
+        if earlier[key] != result[key]:
+            raise ValueError(f"{path}: {key} must be {result[key]!r}, got {earlier[key]!r}")
 
-    def key(group: dict) -> tuple:
+    def name(group: dict) -> tuple:
         return group["network"], group["layer"], group["pass"]
 
-    new = {key(group) for group in result["groups"]}
-    kept = [group for group in read(path)["groups"] if key(group) not in new]
+    new = {name(group) for group in result["groups"]}
+    kept = [group for group in earlier["groups"] if name(group) not in new]
     return {**result, "groups": kept + result["groups"]}
 
 

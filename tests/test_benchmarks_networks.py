@@ -141,6 +141,7 @@ def test_problems():
     assert [str(p) for p in networks.problems(["resnet18"], (1,), ("forward",))] == [
         "resnet18, batch 1, forward"
     ]
+    assert str(small()) == "mobilenet_v1, batch 2, 64x64, forward"
     with pytest.raises(ValueError, match="shapes must be among .*got 'resnet19'"):
         networks.problems(["resnet19"], (1,), ("forward",))
     with pytest.raises(ValueError, match="direction must be one of"):
@@ -246,6 +247,8 @@ def test_rows_of_other_networks_stay(result, tmp_path):
     again["groups"][0]["flops"] = 7
     merged = results.with_earlier(again, path)["groups"]
     assert sorted(group["flops"] == 7 for group in merged) == [False, True]
+    with pytest.raises(ValueError, match="op must be 'conv2d', got 'models'"):
+        results.with_earlier({**result, "op": "conv2d"}, path)
 
 
 def call(*arguments: str) -> int:
@@ -275,6 +278,8 @@ def test_command(groups, tmp_path, monkeypatch, capsys):
     written = results.read(path)["groups"]
     assert [group["layer"] for group in written] == ["batch 1", "batch 2"]
     assert {"commit", "date", "load"} <= set(written[0])
+    with pytest.raises(UserError, match="device must be 'else'"):
+        call(*chosen, "--device-name", "else")
     out = capsys.readouterr().out
     assert "interrupted: partial, 2 of 4" in out and "fastconv nhwc" in out
 

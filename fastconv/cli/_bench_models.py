@@ -35,6 +35,11 @@ def run(args: argparse.Namespace) -> int:
         found = results.collect(report.OP, groups, ceilings, args.dtype, args.device_name)
         return {**found, "versions": {**found["versions"], **engines.versions()}}
 
+    try:
+        if args.json or args.save:
+            results.with_earlier(result(), args.json)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     start, interrupted = time.perf_counter(), False
     with progress_bars(console) as progress:
         task = progress.add_task("", total=len(problems))
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
                 raise
             interrupted = True
     found = result()
-    console.print(report.console(found, max(100, console.width)), markup=False, highlight=False)
+    print(report.console(found, max(100, console.width)))  # as it is: a narrow terminal would break its lines
     for line in left_out(found):
         console.print(f"left out: {line}", style="dim", markup=False)
     for doubt in doubts(found):
