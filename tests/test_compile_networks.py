@@ -140,3 +140,30 @@ def test_a_model_of_channels_last_weights():
         compiled = Compiled(model)
         close(compiled(x), model(x))
     assert read(compiled) == {torch.channels_last}
+
+
+@pytest.mark.parametrize("algorithm", [None, "plain"])
+def test_this_librarys_modules(algorithm):
+    """Their convolutions are fused too, and packed before the graph; a kernel that was named stays."""
+
+    class Net(nn.Sequential):
+        def __init__(self):
+            super().__init__(
+                fastconv.nn.Conv2d(16, 32, 3, padding=1, algorithm=algorithm),
+                nn.BatchNorm2d(32),
+                nn.ReLU(),
+                fastconv.nn.DepthwiseConv2d(32, kernel_size=3, padding=1),
+                nn.BatchNorm2d(32),
+                nn.SiLU(),
+            )
+
+    model, x = randomized(Net()), images(1, 16, 32, 32)
+    training, inference = same_training_and_inference(model, x)
+    assert training.fused[1::2] == ["conv_bn_act (batch_norm, relu)", "conv_bn_act (batch_norm, silu)"]
+    assert inference.fused == [
+        "conv_bn_act (fastconv.conv2d, batch_norm, relu)",
+        "conv_bn_act (fastconv.depthwise_conv2d, batch_norm, silu)",
+    ]
+    (graph,) = inference.final
+    (node,) = (n for n in graph.graph.nodes if n.target is torch.ops.fastconv.conv2d.default)
+    assert node.args[4] is not None and node.args[-1] == (algorithm or "winograd_f4")

@@ -42,6 +42,7 @@ from ._rewrite import memory_format_in_graph, no_guards, same_pixels, where
 
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 CONVOLUTION_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
 _OWN = ("cpu", "cuda", "triton", "emulator")
 
 
@@ -81,7 +82,7 @@ def fuse(graph_module: fx.GraphModule, prepared: Prepared) -> list[GraphReport]:
             continue
         if _is_batch_norm(node, training=True):
             found = _first(node, _followed(Chain(None, node)), _fuse_training)
-        elif _geometry(node) is not None:
+        elif convolution_of(node) is not None:
             chains = _followed(Chain(node))
             found = _first(node, chains, lambda chain: _fuse_convolution(chain, prepared, switches))
         if found is not None:
@@ -94,7 +95,7 @@ def _first(node: fx.Node, chains: list[Chain], replace: Callable[[Chain], str]) 
     """Replaces the longest chain that can be; the report is of the longest one where none can."""
     report = None
     for chain in chains:
-        last, idiom = chain.nodes[-1], ", ".join(name_of(n) for n in chain.nodes)
+        last, idiom = chain.nodes[-1], ", ".join(_label(n) for n in chain.nodes)
         name, place = last.name, where(last) or where(node)
         try:
             return GraphReport(replace(chain), idiom, name, place)
@@ -102,6 +103,10 @@ def _first(node: fx.Node, chains: list[Chain], replace: Callable[[Chain], str]) 
             op = "conv2d" if chain.norm is None else "conv_bn_act"
             report = report or GraphReport(op, idiom, name, place, str(error))
     return report
+
+
+def _label(node: fx.Node) -> str:
+    return name_of(node) or f"fastconv.{node.target._opname}"
 
 
 # Finding
@@ -131,26 +136,47 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _geometry(node: fx.Node) -> dict[str, Any] | None:
+def convolution_of(node: fx.Node) -> dict[str, Any] | None:
     """The arguments of a convolution of images that kernels may serve; None if a node is none."""
-    names = CONVOLUTION
-    if name_of(node) == "convolution":
-        names = (*CONVOLUTION[:-1], "transposed", "output_padding", "groups")
-    elif name_of(node) != "conv2d":
-        return None
-    given = CONVOLUTION_DEFAULTS | dict(zip(names, node.args)) | node.kwargs
-    if given.get("transposed"):
+    given = _own_arguments(node) if isinstance(node.target, torch._ops.OpOverload) else _arguments(node)
+    if given is None:
         return None
     tensors = [given["input"], given["weight"]] + ([] if given["bias"] is None else [given["bias"]])
     if not all(isinstance(tensor, fx.Node) for tensor in tensors):
         return None
-    if any(isinstance(leaf, fx.Node) for name in names[3:] for leaf in tree_leaves(given[name])):
+    if any(isinstance(leaf, fx.Node) for name in _GEOMETRY for leaf in tree_leaves(given[name])):
         return None
     values = [value_of(tensor) for tensor in (node, *tensors)]
     if not all(is_image(value) for value in values[:3]) or not isinstance(values[2].shape[0], int):
         return None
     same = all(v.dtype == values[0].dtype and v.device == values[0].device for v in values)
     return given if same and all(known(size > 0) for size in values[0].shape) else None
+
+
+def _arguments(node: fx.Node) -> dict[str, Any] | None:
+    """Of PyTorch's functions."""
+    names = CONVOLUTION
+    if name_of(node) == "convolution":
+        names = (*CONVOLUTION[:-1], "transposed", "output_padding", "groups")
+    elif name_of(node) != "conv2d":
+        return None
+    given = CONVOLUTION_DEFAULTS | dict(zip(names, node.args)) | node.kwargs
+    return None if given.get("transposed") else given
+
+
+def _own_arguments(node: fx.Node) -> dict[str, Any] | None:
+    """Of this library's operators, if they do nothing else yet; ``algorithm`` is what they were given."""
+    operators = (conv2d.forward_operator, depthwise_conv2d.forward_operator)
+    if not any(node.target is each.overload("cpu") for each in operators):
+        return None
+    given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args))
+    if any(given.get(name) is not None for name in ("residual", "packed", "activation")):
+        return None
+    if "groups" not in given:
+        given["groups"] = value_of(given["input"]).shape[1]
+        if given["algorithm"] is not None:
+            return None
+    return given if value_of(node).device.type == "cpu" and not node.kwargs else None
 
 
 def _is_batch_norm(node: fx.Node, training: bool) -> bool:
@@ -232,7 +258,7 @@ def _fuse_training(chain: Chain) -> str:
 
 def _fuse_convolution(chain: Chain, prepared: Prepared, switches: bool) -> str:
     """A convolution, a normalisation by running averages, and what follows."""
-    given = _geometry(chain.conv)
+    given = convolution_of(chain.conv)
     image, weight, bias = given["input"], given["weight"], given["bias"]
     norm = norm_arguments(chain.norm) if chain.norm is not None else None
     numbers = [norm[name] for name in ("running_mean", "running_var", "weight", "bias")] if norm else []
@@ -297,7 +323,9 @@ class _Plan:
 def _plan(chain: Chain, given: dict[str, Any]) -> _Plan:
     image, weight, groups = value_of(given["input"]), value_of(given["weight"]), given["groups"]
     stride, dilation = pair("stride", given["stride"]), pair("dilation", given["dilation"])
-    padding = padding_sides(given["padding"], weight.shape[2:], stride, dilation)
+    padding = given["padding"]
+    if "algorithm" not in given:
+        padding = padding_sides(padding, weight.shape[2:], stride, dilation)
     geometry = (stride, padding, dilation, groups)
     memory_format = None
     with no_guards(image.fake_mode), image.fake_mode:
@@ -317,12 +345,22 @@ def _plan(chain: Chain, given: dict[str, Any]) -> _Plan:
             algorithm = None
             if backend == "cpu":
                 algorithm = _conv2d_choice.default_algorithm(image, weight, *geometry, fused)
+            named = given.get("algorithm")
+            if named is not None and (backend != "cpu" or not _is_default(named, image, weight, geometry)):
+                backend, algorithm = "cpu", named
     if backend not in _OWN:
         symmetric = padding[0] == padding[1] and padding[2] == padding[3]
         if chain.norm is None or chain.add is not None or chain.act is not None or not symmetric:
             raise Refused("PyTorch's kernel is the measured best")
         return _Plan(op, "aten", geometry, None, memory_format)
     return _Plan(op, backend, geometry, algorithm, memory_format)
+
+
+def _is_default(algorithm: str, image: torch.Tensor, weight: torch.Tensor, geometry: tuple) -> bool:
+    """Whether a kernel may have been taken without being named, of images that lay otherwise too."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    laid_out = (image.contiguous(memory_format=memory_format) for memory_format in formats)
+    return any(_conv2d_choice.default_algorithm(x, weight, *geometry) == algorithm for x in laid_out)
 
 
 def _recipe(chain, prepared, parameters, given, numbers, norm, plan) -> Recipe | None:

@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ._effects import INPLACE, is_written, memory_of, storages
+from ._fusion import convolution_of
 from ._idioms import COPIES, CUTS, PERMUTATIONS, VIEWS, is_image, name_of, value_of
 from ._rewrite import memory_format_in_graph, no_guards, same_strides
 
@@ -38,12 +39,10 @@ class _Depends(Exception):
 def use_channels_last(graph_module: fx.GraphModule) -> bool:
     """In place; whether it was done. The graph's results keep their strides."""
     graph = graph_module.graph
-    convolutions = [
-        n for n in graph.nodes if name_of(n) in ("conv2d", "convolution") and is_image(value_of(n))
-    ]
-    if len(convolutions) < _LEAST or any(value_of(n).device.type != "cpu" for n in convolutions):
+    convolutions = [given for given in map(convolution_of, graph.nodes) if given is not None]
+    if len(convolutions) < _LEAST or any(value_of(g["input"]).device.type != "cpu" for g in convolutions):
         return False
-    weights = {n.args[1] if len(n.args) > 1 else n.kwargs["weight"] for n in convolutions}
+    weights = {given["weight"] for given in convolutions}
     inputs = [node for node in graph.find_nodes(op="placeholder") if node not in weights]
     images = [node for node in inputs if is_image(value_of(node)) and _is_contiguous_image(value_of(node))]
     if not images or is_written(graph.nodes, memory_of(*images)):
@@ -112,6 +111,8 @@ def _values(graph: fx.Graph, images: list[fx.Node]) -> dict[fx.Node, Any]:
 
 def _is_agnostic(node: fx.Node) -> bool:
     if (getattr(node.target, "__module__", None) or "").startswith("fastconv."):
+        return True
+    if getattr(node.target, "namespace", None) == "fastconv":
         return True
     return name_of(node).removesuffix("_") in _AGNOSTIC
 

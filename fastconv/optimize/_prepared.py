@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from ..ops._folded_weights import fold
 from ..ops._packed_weights import made_of, pack_weight, packed_weight
@@ -82,22 +83,23 @@ class Prepared:
             raise LookupError(f"{node.name} has no values yet")
         return source
 
-    def inputs(self, recipe: Recipe, mode: Any) -> list[fx.Node]:
+    def inputs(self, recipe: Recipe, mode: FakeTensorMode) -> list[fx.Node]:
         """The placeholders of what a recipe makes."""
         if recipe not in self._nodes:
             with unset_fake_temporarily():
                 made = recipe.make(self._inputs)
-            examples = [mode.from_tensor(tensor, static_shapes=True) for tensor in made]
-            self._nodes[recipe] = [self._placeholder(example) for example in examples]
+            self._nodes[recipe] = [self._placeholder(tensor, mode) for tensor in made]
         return self._nodes[recipe]
 
-    def _placeholder(self, example: FakeTensor) -> fx.Node:
+    def _placeholder(self, tensor: torch.Tensor, mode: FakeTensorMode) -> fx.Node:
         graph = self._module.graph
         with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
             node = graph.placeholder(f"fastconv_prepared_{len(self.examples)}")
-        node.meta["example_value"] = example
+        node.meta["example_value"] = mode.from_tensor(tensor, static_shapes=True)
         node._dynamo_source = None  # no tensor of the program's
-        self.examples.append(example)
+        context = TracingContext.try_get()  # has another mode for what compiles the graph
+        inner = mode if context is None or context.fake_mode is None else context.fake_mode
+        self.examples.append(inner.from_tensor(tensor, static_shapes=True))
         return node
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
