@@ -71,7 +71,18 @@ inline bool is_floor(Activation activation) {
 }
 template <typename A>
 A floor_of(Activation activation) {
-  return activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity();
+  return activation == Activation::relu || activation == Activation::relu6
+             ? A(0)
+             : -std::numeric_limits<A>::infinity();
+}
+
+// The same and an upper bound: relu6 too.
+inline bool is_clamp(Activation activation) {
+  return is_floor(activation) || activation == Activation::relu6;
+}
+template <typename A>
+A ceiling_of(Activation activation) {
+  return activation == Activation::relu6 ? A(6) : std::numeric_limits<A>::infinity();
 }
 
 // Stores sums of one channel, of pixels `step` apart; `at`: the index of the first in the output.

@@ -35,6 +35,22 @@ inline void load_operands(const Image<const BFloat16>& image, int64_t channel, i
     }
 }
 
+// The first `count` lanes alone; the others are zero, or stay as they are.
+template <typename A>
+inline Vector<A> load_lanes(const A* source, int64_t count) {
+  Vector<A> value = {};
+  __builtin_memcpy(&value, source, count * sizeof(A));
+  return value;
+}
+template <typename A>
+inline void store_lanes(A* target, Vector<A> value, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>)
+    return _mm512_mask_storeu_ps(target, __mmask16((1u << count) - 1), (__m512)value);
+#endif
+  __builtin_memcpy(target, &value, count * sizeof(A));
+}
+
 struct Chunk {  // rows [begin, end) of a phase, counted through images
   const Phase* phase;
   int64_t begin, end;
@@ -62,7 +78,7 @@ class Direct {
                   pass.from_group % values_in<E> == 0 && !pass.source),
         pixel_stride_(in_place_ ? input_.channels / values_in<E> : from_),
         columns_(columns_read()),
-        streams_(is_floor(epilogue.activation) &&
+        streams_(is_clamp(epilogue.activation) &&
                  stores_past_caches(output_, pass.shape.batch, pass.to_group)) {
     const int64_t chunk_pixels = pass.source.pixels > 0 ? pass.source.pixels
                                  : from_ < few_channels ? 2 * most_pixels
@@ -231,13 +247,15 @@ class Direct {
     const int64_t output_step = phase.column_step * output_.channels;
     const int64_t tap_rows =
         std::max<int64_t>(1, l2_bytes / std::max<int64_t>(1, tap_row * int64_t(sizeof(E))));
+    const bool in_one_go = pass_.shape.channels_last && tap_rows >= phase.taps_high;
     for (int64_t i = 0; i == 0 || i < phase.taps_high; i += tap_rows) {
       const int64_t i_end = std::min(phase.taps_high, i + tap_rows);
       Cursor cursor{0, worker.chunk->begin % pass_.rows(phase), worker.chunk->begin / pass_.rows(phase)};
       for (int64_t q = begin; q < end; q += R) {
         Pixels<R> pixels;
         locate(worker, cursor, std::min<int64_t>(R, end - q), pixels);
-        A* sums = worker.sums.data() + (q - begin) * line;
+        // Kept beside each other only where another row of taps, or a transposition, needs them.
+        A* sums = worker.sums.data() + (in_one_go ? 0 : (q - begin) * line);
         Vector<A> sum[R][V];
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
@@ -419,26 +437,42 @@ class Direct {
                                                             int64_t first, int64_t lanes,
                                                             Vector<A> (&sum)[R][V]) const {
     if constexpr (std::is_same_v<T, A>) {
-      if (!pass_.shape.channels_last || lanes < V * L || !is_floor(epilogue_.activation)) return false;
+      if (!pass_.shape.channels_last || !is_clamp(epilogue_.activation)) return false;
       const Vector<A> least = broadcast(floor_of<A>(epilogue_.activation));
+      const Vector<A> most = broadcast(ceiling_of<A>(epilogue_.activation));
+      const int64_t rest = lanes - (V - 1) * L;  // of the last vector
       if (epilogue_.residual) {
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
           if (r >= count) break;
+          const A* residual = epilogue_.residual + pixels.output[r] + first;
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v)
-            sum[r][v] += load_vector(epilogue_.residual + pixels.output[r] + first + v * L);
+            sum[r][v] +=
+                v < V - 1 || rest == L ? load_vector(residual + v * L) : load_lanes(residual + v * L, rest);
         }
       }
-      with_store<A>(streams_, [&](const auto& store_one) {
+      const auto store_all = [&](const auto& store_one) {
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
           if (r >= count) return;
+          A* target = output_.data + pixels.output[r] + first;
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v)
-            store_one(output_.data + pixels.output[r] + first + v * L, sum[r][v] < least ? least : sum[r][v]);
+          for (int v = 0; v < V; ++v) {
+            Vector<A> value = sum[r][v] < least ? least : sum[r][v];
+            value = value > most ? most : value;
+            store_one(target + v * L, value, v == V - 1);
+          }
         }
-      });
+      };
+      if (rest < L)
+        store_all([&](A* target, Vector<A> value, bool last) {
+          last ? store_lanes(target, value, rest) : store_vector(target, value);
+        });
+      else
+        with_store<A>(streams_, [&](const auto& store_one) {
+          store_all([&](A* target, Vector<A> value, bool) { store_one(target, value); });
+        });
       return true;
     }
     return false;

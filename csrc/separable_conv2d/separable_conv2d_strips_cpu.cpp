@@ -18,13 +18,14 @@ namespace fastconv::FASTCONV_CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t tile_bytes = 256 << 10;  // of the middle: in an L2 cache, beside a panel of the weights
+constexpr int64_t least_pixels = 96;       // of a strip: for fewer, a panel is not worth its way from L3
 constexpr int64_t few_strips = 16;         // so few are an even number, for threads to share
 
 // Pixels of a strip.
 template <typename T>
 int64_t strip_pixels(const DepthwiseConv2dShape& s) {
   const int64_t row_bytes = s.out_width * s.out_channels * int64_t(sizeof(T)), rows = s.batch * s.out_height;
-  int64_t strips = ceil_div(rows, std::max<int64_t>(tile_bytes / row_bytes, 1));
+  int64_t strips = ceil_div(rows, std::max(tile_bytes / row_bytes, ceil_div(least_pixels, s.out_width)));
   if (strips < few_strips) strips = std::min(ceil_div(strips, 2) * 2, rows);
   return ceil_div(rows, strips) * s.out_width;
 }

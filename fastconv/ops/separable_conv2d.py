@@ -19,7 +19,7 @@ from ._activation import (
     saved_for_sum,
 )
 from ._arguments import check_integers, check_tensor, output_size, padding_sides, pair
-from ._conv2d_choice import gradients_algorithm
+from ._conv2d_choice import WIDE_VECTORS, gradients_algorithm
 from ._operator import (
     Operator,
     as_memory_format,
@@ -125,7 +125,7 @@ def separable_conv2d(
         geometry = (steps, padding_sides(padding, cast[1].shape[2:], steps, spread), spread)
         check(*cast, *geometry, mid_activation, activation)
         named = any(name is not None for name in (backend, algorithm, backends._state.backend))
-        if named or (not training and is_faster_fused(*cast[:3], steps)):
+        if named or (not training and is_faster_fused(cast[0], cast[2], steps)):
             backend = choose(backend, algorithm, cast[0])
         else:
             backend = TWO_OPERATORS
@@ -158,15 +158,20 @@ PRODUCTS = {"strips": "direct", "plain": "plain"}  # the kernel of conv2d whose 
 POINTWISE = (1, 1), (0, 0, 0, 0), (1, 1), 1  # stride, padding, dilation and groups of the second convolution
 
 
-def is_faster_fused(
-    input: torch.Tensor, depthwise_weight: torch.Tensor, pointwise_weight: torch.Tensor, stride: Sequence[int]
-) -> bool:
-    """Whether one pass beats the two operators; ``docs/separable_conv2d.md`` has the figures."""
-    return (
-        input.device.type == "cpu"
-        and input.dtype == torch.float32
-        and memory_format_of(input) == torch.channels_last
-    )
+def is_faster_fused(input: torch.Tensor, pointwise_weight: torch.Tensor, stride: Sequence[int]) -> bool:
+    """Whether one pass of the C++ kernels beats the two operators; the study page has the figures."""
+    if input.device.type != "cpu" or not WIDE_VECTORS:
+        return False
+    filters, middles = pointwise_weight.shape[:2]
+    pixels = (input.shape[2] // stride[0]) * (input.shape[3] // stride[1])
+    channels_last = memory_format_of(input) == torch.channels_last
+    small = pixels <= 1024
+    if input.dtype == torch.float32:
+        served = channels_last or small
+    else:
+        served = input.dtype == torch.bfloat16 and channels_last and small
+    # Few filters leave registers empty; of many, the weights come from beyond the L2 cache for each strip.
+    return served and input.shape[1] >= 16 and filters > 16 and filters * middles < 1 << 20
 
 
 choose = Choice(
