@@ -29,7 +29,7 @@ def _has_wide_vectors() -> bool:
         return True
 
 
-_WIDE_VECTORS = _has_wide_vectors()  # a constant, for torch.compile to trace
+WIDE_VECTORS = _has_wide_vectors()  # a constant, for torch.compile to trace
 
 # Winograd's weights, four times as many, are made in each call of training: worth it from so many pixels,
 # with many channels from fewer.
@@ -44,7 +44,7 @@ def fastest(source, target, pixels, input, weight, stride, dilation, groups, fus
         pixels: of all images, on the side of the convolution's output.
         fused: an activation or a residual follows, for which PyTorch takes another pass over the output.
     """
-    if not _WIDE_VECTORS or stride[0] * stride[1] > _convolution.MOST_PHASES:
+    if not WIDE_VECTORS or stride[0] * stride[1] > _convolution.MOST_PHASES:
         return None
     taps, plane = weight.shape[2] * weight.shape[3], input.shape[2] * input.shape[3]
     channels_last = memory_format_of(input) == torch.channels_last
