@@ -1,7 +1,7 @@
 """conv_bn_act in training against ``torch.nn.functional.conv2d``, ``batch_norm`` and ``relu``, in place.
 
 A layer with ``residual`` adds one before relu. A named algorithm is one of the normalisation; the convolution
-before it is then the backend's own choice.
+before it is then the backend's own choice, and gathers no statistics.
 """
 
 from __future__ import annotations

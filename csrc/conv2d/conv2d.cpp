@@ -77,8 +77,7 @@ Tensor pack_weight(Tensor weight, int64_t groups, std::string algorithm) {
 // Convolution, and mean and variance of each channel of it.
 std::tuple<Tensor, Tensor, Tensor> moments(Tensor input, Tensor weight, std::optional<Tensor> bias,
                                            Integers stride, Integers padding, Integers dilation,
-                                           int64_t groups, std::string algorithm,
-                                           std::optional<std::string>) {
+                                           int64_t groups, std::string algorithm) {
   const Conv2dShape shape = conv2d_shape(input, weight, stride, padding, dilation, groups);
   check_bias(bias, input, shape.out_channels);
   const Tensor output = new_moments_output(input, output_sizes(shape));

@@ -16,6 +16,7 @@ from ._arguments import integer, padding_sides, pair
 from ._operator import Operator, map_one_by_one, memory_format_of, new_output
 
 ALGORITHMS = ("direct", "winograd_f2", "winograd_f4", "winograd_f6")  # of conv2d
+_LEAST = 1 << 27  # multiply-adds
 
 
 def convolve(
@@ -46,35 +47,42 @@ def convolve(
         return depthwise_operator("cpu", input, weight, bias, stride, padding, dilation)
     geometry = (stride, padding, dilation, groups)
     conv2d.check(input, weight, bias, None, *geometry, None)
-    found = _algorithms(input, weight, geometry, backend or backends._state.backend)
-    return None if found is None else dense_operator("cpu", input, weight, bias, *geometry, *found)
+    algorithm = _algorithm(input, weight, geometry, backend or backends._state.backend)
+    return None if algorithm is None else dense_operator("cpu", input, weight, bias, *geometry, algorithm)
 
 
-def _algorithms(input, weight, geometry, backend) -> tuple[str, str | None] | None:
-    """Those of conv2d for the convolution and for its gradients, None for PyTorch's."""
-    stride, (top, bottom, left, right), _, groups = geometry
+def _algorithm(input, weight, geometry, backend) -> str | None:
+    """The kernel of the convolution and of its gradients; None where there is none that gathers."""
     algorithm = _conv2d_choice.cpu_algorithm(input, weight, *geometry)
-    if algorithm is None and backend is None and top == bottom and left == right and groups == 1:
-        wins = True
-        return ("direct", None) if wins else None
-    algorithm = algorithm or _conv2d_choice.default_for(stride)
-    return (algorithm, algorithm) if algorithm in ALGORITHMS else None
+    if algorithm is None and (backend == "cpu" or _gathering_pays(input, weight, geometry)):
+        algorithm = _conv2d_choice.default_for(geometry[0])
+    return algorithm if algorithm in ALGORITHMS else None
+
+
+def _gathering_pays(input, weight, geometry) -> bool:
+    """Whether the pass that is saved is worth a convolution that is no faster than PyTorch's."""
+    (high, wide), *_, groups = geometry
+    filters, channels, *taps = weight.shape
+    terms = channels * taps[0] * taps[1]
+    pixels = input.shape[0] * (input.shape[2] // high) * (input.shape[3] // wide)
+    enough = filters >= 64 and terms >= 64 and pixels * filters * terms >= _LEAST
+    return groups == 1 and weight.dtype == torch.float32 and enough and _conv2d_choice.WIDE_VECTORS
 
 
 def _fake_moments(input, shape):
     return new_output(input, shape), input.new_empty(shape[1]), input.new_empty(shape[1])
 
 
-# Dense or grouped. `gradients`: conv2d's algorithm for these, or None for PyTorch's own.
+# Dense or grouped.
 
 
-def _dense_fake(input, weight, bias, stride, padding, dilation, groups, algorithm, gradients):
+def _dense_fake(input, weight, bias, stride, padding, dilation, groups, algorithm):
     height, width = conv2d.check(input, weight, bias, None, stride, padding, dilation, groups, None)
     return _fake_moments(input, (input.shape[0], weight.shape[0], height, width))
 
 
 def _dense_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, weight, bias, *ctx.geometry, _, ctx.gradients = inputs
+    input, weight, bias, *ctx.geometry, ctx.algorithm = inputs
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(input, weight)
@@ -83,21 +91,14 @@ def _dense_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _dense_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
     input, weight = ctx.saved_tensors
     need = (*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2])
-    if ctx.gradients is None:
-        stride, (top, _, left, _), dilation, groups = ctx.geometry
-        sizes = [weight.shape[0]] if ctx.has_bias else None
-        grads = torch.ops.aten.convolution_backward(
-            grad, input, weight, sizes, stride, (top, left), dilation, False, (0, 0), groups, need
-        )
-    else:
-        grads = conv2d.gradients("cpu", grad, input, weight, ctx.geometry, ctx.gradients, need)
-    return *grads, *[None] * 6
+    grads = conv2d.gradients("cpu", grad, input, weight, ctx.geometry, ctx.algorithm, need)
+    return *grads, *[None] * 5
 
 
 dense_operator = Operator(
     "conv2d_moments",
     "(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, "
-    "SymInt groups, str algorithm, str? gradients) -> (Tensor, Tensor, Tensor)",
+    "SymInt groups, str algorithm) -> (Tensor, Tensor, Tensor)",
     fake=_dense_fake,
     setup_context=_dense_setup_context,
     backward=_dense_backward,

@@ -11,7 +11,7 @@ from torch import fx
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from ..ops._folded_weights import fold
+from ..ops._folded_weights import fold_and_pack
 from ..ops._packed_weights import made_of, pack_weight, packed_weight
 
 Source = int | torch.Tensor | None  # the position of an input, or a tensor that the graph holds
@@ -43,14 +43,8 @@ class Recipe:
         if self.norm is None:
             packed = packed_weight("conv2d", *tensors, *packing)
             return (pack_weight("conv2d", *tensors, *packing) if packed is None else packed,)
-        made = made_of(tensors, "fold_and_pack", (self.eps, *packing), _fold_and_pack)
-        return _fold_and_pack(*tensors, self.eps, *packing) if made is None else made
-
-
-def _fold_and_pack(*operands: Any) -> tuple[torch.Tensor, ...]:
-    *operands, groups, algorithm = operands
-    folded = fold(*operands)
-    return folded if algorithm is None else (*folded, pack_weight("conv2d", folded[0], groups, algorithm))
+        made = made_of(tensors, "fold_and_pack", (self.eps, *packing), fold_and_pack)
+        return fold_and_pack(*tensors, self.eps, *packing) if made is None else made
 
 
 class Prepared:
