@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +19,9 @@ from ..ops._arguments import output_size, padding_sides
 from ..ops._operator import PLAIN, is_autocast
 from ..ops._packed_weights import made_of
 from ..ops.conv2d import conv2d
-from ..ops.conv_bn_act import _convolve as convolve
-from ..ops.conv_bn_act import conv_bn_act
+from ..ops.conv_bn_act import conv_bn_act, convolve
 from ._convolution import takes
-from ._inference import run_known, run_new
+from ._inference import run_known, run_known_two, run_new, run_new_two
 from ._rules import is_watched
 from .conv2d import Conv2d
 from .depthwise_conv2d import DepthwiseConv2d
@@ -78,8 +78,7 @@ def chain_length(layers: Sequence[Layer], first: int) -> int:
 
 def run_layers(layers: Sequence[Layer | None], input: Any) -> Any:
     """Calls layers one after the other, None for none; chains of them in one call each."""
-    if None in layers:
-        layers = [layer for layer in layers if layer is not None]
+    layers = _flat(layers)
     first = 0
     while first < len(layers):
         length = chain_length(layers, first)
@@ -88,9 +87,28 @@ def run_layers(layers: Sequence[Layer | None], input: Any) -> Any:
         elif type(layers[first]) is nn.Linear:
             input = _run_linear(*layers[first : first + 2], input)
         else:
-            input = run_chain(*_parts(layers[first : first + length]), input)
+            parts, end = _parts(layers[first : first + length]), first + length
+            if _may_be_first(parts) and end < len(layers):
+                more = chain_length(layers, end)
+                output = _run_two(parts, _parts(layers[end : end + more]), input)
+                if output is not None:
+                    input, first = output, end + more
+                    continue
+            input = run_chain(*parts, input)
         first += length
     return input
+
+
+def _flat(layers: Sequence[Layer | None]) -> list[Layer]:
+    """The layers in containers too; without None."""
+    flat = []
+    for layer in layers:
+        kind = type(layer)
+        if getattr(kind, "is_container", kind is nn.Sequential) and not is_alone(layer):
+            flat += _flat(layer._modules.values())
+        elif layer is not None:
+            flat.append(layer)
+    return flat
 
 
 def _parts(chain: Sequence[Layer]) -> tuple[nn.Module, nn.Module | None, Layer | None]:
@@ -100,13 +118,20 @@ def _parts(chain: Sequence[Layer]) -> tuple[nn.Module, nn.Module | None, Layer |
     return conv, norm, rest[0] if rest else None
 
 
+@dataclass
 class Pending:
-    """A convolution, and its normalisation if there is one, that wait for what is added to them."""
+    """A convolution, and its normalisation if there is one, that wait for what is added to them.
 
-    __slots__ = ("conv", "input", "norm")
+    Attributes:
+        conv, norm: these.
+        input: of the convolution, or of ``first``.
+        first: a chain before it that waits too, for one call to run both; or None.
+    """
 
-    def __init__(self, conv: nn.Module, norm: nn.Module | None, input: torch.Tensor) -> None:
-        self.conv, self.norm, self.input = conv, norm, input
+    conv: nn.Module
+    norm: nn.Module | None
+    input: torch.Tensor
+    first: tuple[nn.Module, nn.Module | None, Layer | None] | None = None
 
 
 def defer(layers: Sequence[Layer | None], input: Any, between: Sequence[Layer | None] = ()) -> Any:
@@ -119,7 +144,7 @@ def defer(layers: Sequence[Layer | None], input: Any, between: Sequence[Layer | 
     Returns:
         A tensor, or a :class:`Pending` for :func:`add`.
     """
-    layers = [layer for layer in layers if layer is not None]
+    layers = _flat(layers)
     end = len(layers)
     while end and _passes(layers[end - 1]):
         end -= 1
@@ -129,6 +154,12 @@ def defer(layers: Sequence[Layer | None], input: Any, between: Sequence[Layer | 
         if first >= 0 and type(layers[first]) in CONVOLUTIONS:
             conv, norm, _ = _parts(layers[first:end])
             if not any(map(is_alone, (conv, norm))) and _are_calm(between, {conv, norm}):
+                start = max(first - 3, 0)
+                while start < first and start + chain_length(layers, start) < first:
+                    start += 1
+                parts = _parts(layers[start:first]) if start < first else (None, None, None)
+                if not between and _may_be_first(parts) and not any(map(is_alone, parts)):
+                    return Pending(conv, norm, run_layers(layers[:start], input), parts)
                 return Pending(conv, norm, run_layers(layers[:first], input))
         elif isinstance(last, nn.Module) and _are_calm(between, set(last.modules()) if between else ()):
             return _defer_module(last, run_layers(layers[: end - 1], input))
@@ -174,6 +205,11 @@ def add(left: Any, right: Any, inplace: bool, layers: Sequence[Layer | None]) ->
     if type(pending) is Pending:
         conv, norm, input = pending.conv, pending.norm, pending.input
         layer = layers[0] if layers and activation_of(layers[0]) is not None else None
+        if pending.first is not None:
+            output = _run_two(pending.first, (conv, norm, layer), input, residual)
+            if output is not None:
+                return run_layers(layers[layer is not None :], output)
+            input = run_chain(*pending.first, input)
         if type(residual) in PLAIN and _is_chain(conv, norm, layer, input, residual):
             return run_layers(layers[layer is not None :], _chain(conv, norm, layer, input, residual))
         output = _one_by_one(conv, norm, None, input)
@@ -207,6 +243,43 @@ def run_chain(
     return _one_by_one(conv, norm, layer, input, residual)
 
 
+Parts = tuple[nn.Module, nn.Module | None, Layer | None]  # of a chain
+
+
+def _may_be_first(parts: Parts) -> bool:
+    """Whether a chain is depthwise, in inference, so that a 1x1 convolution may join it."""
+    conv, norm, _ = parts
+    return norm is not None and not norm.training and conv.groups == conv.in_channels == conv.out_channels > 1
+
+
+def _run_two(first: Parts, second: Parts, input: Any, residual: Any = None) -> torch.Tensor | None:
+    """A depthwise chain and a 1x1 one in one call; None where they are none, or it is slower."""
+    conv, norm, _ = second
+    if type(conv) not in CONVOLUTIONS or norm is None or conv.kernel_size != (1, 1):
+        return None
+    if not (_has_types(*first) and _has_types(*second)):
+        return None
+    chains = [
+        (*parts[:2], None if parts[2] is None else activation_of(parts[2])) for parts in (first, second)
+    ]
+    output = run_known_two(*chains, input, residual)
+    if output is not None:
+        return None if output is False else output
+    depthwise = first[0]
+    if (
+        _is_chain(*first, input, None)
+        and conv.in_channels == depthwise.out_channels
+        and conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "valid", "same")
+        and conv.groups == 1
+        and takes(input, conv.weight, conv.bias)
+        and _is_ordinary(conv, norm, input)
+        and (residual is None or _fits(depthwise, conv.out_channels, input, residual))
+    ):
+        return run_new_two(*chains, input, residual)
+    return None
+
+
 def _one_by_one(conv, norm, layer, input, residual=None):
     output = conv(input)
     output = output if norm is None else norm(output)
@@ -231,7 +304,7 @@ def _is_chain(conv, norm, layer, input, residual) -> bool:
         and type(input) in PLAIN
         and takes(input, conv.weight, conv.bias)
         and _is_ordinary(conv, norm, input)
-        and (residual is None or _fits(conv, input, residual))
+        and (residual is None or _fits(conv, conv.out_channels, input, residual))
     )
 
 
@@ -257,7 +330,7 @@ def _is_ordinary(conv: nn.Module, norm: nn.BatchNorm2d | None, input: torch.Tens
     )
 
 
-def _fits(conv: nn.Module, input: torch.Tensor, residual: torch.Tensor) -> bool:
+def _fits(conv: nn.Module, channels: int, input: torch.Tensor, residual: torch.Tensor) -> bool:
     """Whether a residual has the shape, type and device of what is normalised."""
     dtype = torch.get_autocast_dtype(input.device.type) if is_autocast(input) else input.dtype
     if type(residual) not in PLAIN or residual.dtype != dtype or residual.device != input.device:
@@ -273,7 +346,7 @@ def _fits(conv: nn.Module, input: torch.Tensor, residual: torch.Tensor) -> bool:
             input.shape[2:], *geometry, (top + bottom, left + right)
         )
     )
-    return residual.shape == (input.shape[0], conv.out_channels, *sizes)
+    return residual.shape == (input.shape[0], channels, *sizes)
 
 
 def _chain(conv, norm, layer, input, residual=None, backend=None):

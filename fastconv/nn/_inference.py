@@ -12,23 +12,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops import _plans, conv2d, depthwise_conv2d
+from .. import backends
+from ..ops import _plans, conv2d, depthwise_conv2d, separable_conv2d
 from ..ops._activation import add_and_activate
+from ..ops._arguments import padding_sides
 from ..ops._folded_weights import fold_and_pack
 from ..ops._packed_weights import kept_of, made_of
 
+Chain = tuple[nn.Module, nn.Module, str | None]  # convolution, normalisation, activation
 
-def _key(conv: nn.Module, norm: nn.Module, activation: str | None, input: Any, residual: Any) -> Any:
-    """Of all that decides how a chain runs but its values; None where the layers must be looked at."""
+
+def _is_plain(conv: nn.Module, norm: nn.Module) -> bool:
     own = conv.__dict__
-    if (
+    return not (
         norm.__dict__["training"]
         or own["padding_mode"] != "zeros"
         or own.get("activation") is not None
         or own.get("backend") is not None
         or own.get("algorithm") is not None
-    ):
+    )
+
+
+def _key(conv: nn.Module, norm: nn.Module, activation: str | None, input: Any, residual: Any) -> Any:
+    """Of all that decides how a chain runs but its values; None where the layers must be looked at."""
+    if not _is_plain(conv, norm):
         return None
+    own = conv.__dict__
     parameters = own["_parameters"]
     tensors = (input, parameters["weight"], parameters["bias"], residual)
     geometry = own["stride"], own["padding"], own["dilation"], own["groups"]
@@ -98,3 +107,63 @@ def _run_depthwise(plan, made, input, residual, activation):
     if residual is None:
         return depthwise_conv2d.run_plan(plan, input, *made, activation)
     return add_and_activate(depthwise_conv2d.run_plan(plan, input, *made, None), residual, activation)
+
+
+# A depthwise chain and then one of a 1x1 convolution, as one call of separable_conv2d.
+
+
+def _key_of_two(first: Chain, second: Chain, input: Any, residual: Any) -> Any:
+    if not (_is_plain(*first[:2]) and _is_plain(*second[:2])):
+        return None
+    own, other = first[0].__dict__, second[0].__dict__
+    parameters, others = own["_parameters"], other["_parameters"]
+    tensors = (input, parameters["weight"], parameters["bias"], others["weight"], others["bias"], residual)
+    geometry = own["stride"], own["padding"], own["dilation"], own["groups"]
+    product = other["stride"], other["padding"], other["groups"]
+    return _plans.key_of("two chains", tensors, *geometry, *product, first[2], second[2])
+
+
+def run_known_two(first: Chain, second: Chain, input: Any, residual: Any) -> torch.Tensor | None | bool:
+    """Both as in an earlier call; None where there was none, False where it is better not to."""
+    found = _plans.find(_key_of_two(first, second, input, residual))
+    if not found:
+        return found
+    made = [
+        kept_of(_tensors(conv, norm), "fold_and_pack", (norm.__dict__["eps"], *making))
+        for (conv, norm, _), making in zip((first, second), found[1])
+    ]
+    return None if None in made else _run_two(found[0], made, first, second, input, residual)
+
+
+def run_new_two(
+    first: Chain, second: Chain, input: torch.Tensor, residual: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The same, of chains that were checked; None where nothing may be kept, or it would be slower."""
+    key = _key_of_two(first, second, input, residual)
+    (conv, norm, _), (product, other, _) = first, second
+    if key is None or norm.running_mean is None or other.running_mean is None:
+        return None
+    if backends._state.backend is not None or not separable_conv2d.is_faster_fused(
+        input, product.weight, conv.stride
+    ):
+        return _plans.keep(key, False) or None
+    geometry = (
+        conv.stride,
+        padding_sides(conv.padding, conv.kernel_size, conv.stride, conv.dilation),
+        conv.dilation,
+    )
+    making = (conv.groups, None), (1, separable_conv2d.PRODUCTS["strips"])
+    made = [
+        made_of(_tensors(conv, norm), "fold_and_pack", (norm.eps, *how), fold_and_pack)
+        for (conv, norm, _), how in zip((first, second), making)
+    ]
+    if made[0] is None or made[1] is None:
+        return None
+    _plans.keep(key, (geometry, making))
+    return _run_two(geometry, made, first, second, input, residual)
+
+
+def _run_two(geometry, made, first, second, input, residual):
+    (weight, bias), (product, product_bias, packed) = made
+    tensors = (input, weight, product, bias, product_bias, residual, packed)
+    return separable_conv2d.operator("cpu", *tensors, *geometry, first[2], second[2], "strips")

@@ -140,11 +140,11 @@ def conv_bn_act(
     takes_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in numbers)
     if not training and not takes_gradient:
         weight, bias = folded_weight(weight, bias, *numbers, eps)
-        return _convolve(input, weight, bias, geometry, activation, residual, backend)
+        return convolve(input, weight, bias, geometry, activation, residual, backend)
     gathered = None
     if training and chosen == "cpu":
         gathered = _moments.convolve(input, weight, bias, **geometry, backend=backend)
-    sums, *moments = gathered or [_convolve(input, weight, bias, geometry, None, None, backend)]
+    sums, *moments = gathered or [convolve(input, weight, bias, geometry, None, None, backend)]
     if not training:  # the gradient of a folded weight would lose digits of those of bn_weight
         return add_and_activate(
             torch.nn.functional.batch_norm(sums, *numbers, False, 0.0, eps), residual, activation
@@ -212,7 +212,7 @@ def batch_norm_act(
     return output
 
 
-def _convolve(input, weight, bias, geometry, activation, residual, backend):
+def convolve(input, weight, bias, geometry, activation, residual, backend):
     if not (geometry["groups"] == input.shape[1] > 1 and weight.shape[1] == 1):
         return conv2d(
             input, weight, bias, **geometry, activation=activation, residual=residual, backend=backend

@@ -49,12 +49,14 @@ class Fused:
         original: its class.
         function: that class's forward, of which this class's own is made.
         plain: the forward only calls the module's children, one after the other.
+        is_container: it is a container's.
         deferred: its forward, but it may return a ``Pending``, see :mod:`fastconv.nn._chains`.
     """
 
     original: type[nn.Module]
     function: Any
     plain: bool
+    is_container: bool
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
@@ -87,6 +89,7 @@ def fused_type(original: type[nn.Module]) -> type[nn.Module] | None:
         "original": original,
         "function": staticmethod(function),
         "plain": plain,
+        "is_container": function is nn.Sequential.forward,
         "forward": _unless_changed(original, function, forward),
         "deferred": _unless_changed(original, function, deferred),
         "__doc__": original.__doc__,
