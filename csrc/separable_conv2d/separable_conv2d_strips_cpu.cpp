@@ -6,8 +6,8 @@
 // Bytes: input and output once; rows at the edge of a strip are read by two. Two passes would write the
 //   middle, and read it again.
 // Threads take strips and panels of 64 filters: a strip that two threads share is computed by both.
-// Limits: contiguous images are transposed on their way in and out; float16 and bfloat16 round the middle to
-//   their type, as two passes do.
+// Limits: a strip is a row at least, however wide; contiguous images are transposed on their way in and out;
+//   float16 and bfloat16 round the middle to their type, as two passes do.
 #include <algorithm>
 
 #include "../conv2d/conv2d_direct_cpu.h"
