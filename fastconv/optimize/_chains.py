@@ -144,10 +144,11 @@ def fuse_chains(model: nn.Module, selected: set[str]) -> list[ChainReport]:
     rows: list[ChainReport] = []
     for name, module in reversed(named.items()):  # what is in a module comes before it
         found = rows_of(name, module, named, fused=False)
+        gains = found or _holds_containers(module)
         if isinstance(module, Fused):
-            if not found:
+            if not gains:
                 unfuse(module)
-        elif found and "forward" not in vars(module):
+        elif gains and "forward" not in vars(module):
             try:
                 module.__class__ = fused_type(type(module))
             except Exception:  # whatever a class may do that is subclassed
@@ -170,6 +171,13 @@ def rows_of(
             inside = tuple(names[layer] for layer in chain if layer in names)
             rows.append(ChainReport(name, kind.__name__, inside, " + ".join(map(_name_of, chain))))
     return rows
+
+
+def _holds_containers(module: nn.Module) -> bool:
+    """Whether it is a container whose chains are in containers: a chain of one may go on in the next."""
+    return original_type(module).forward is nn.Sequential.forward and any(
+        isinstance(child, Fused) and child.is_container for child in module._modules.values()
+    )
 
 
 def original_type(module: nn.Module) -> type[nn.Module]:
