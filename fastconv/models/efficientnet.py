@@ -95,7 +95,10 @@ class MBConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.block(x)
-        return self.stochastic_depth(y).add_(x) if self.residual else y
+        if self.residual:
+            y = self.stochastic_depth(y)
+            y += x
+        return y
 
 
 class EfficientNet(nn.Module):

@@ -180,7 +180,13 @@ def _defer_module(module: nn.Module, input: Any) -> Any:
 def _passes(layer: Layer) -> bool:
     """Whether it returns what it is given."""
     kind = type(layer)
-    return (kind is nn.Identity or (kind is nn.Dropout and not layer.training)) and not is_alone(layer)
+    passes = may_pass(kind) and (kind is nn.Identity or not layer.training)
+    return passes and not is_alone(layer)
+
+
+def may_pass(kind: type) -> bool:
+    """Whether layers of a type return what they are given, some of them in evaluation only."""
+    return kind in (nn.Identity, nn.Dropout) or getattr(kind, "passes_in_evaluation", False)
 
 
 def _are_calm(layers: Sequence[Layer | None], waiting: Any) -> bool:

@@ -17,6 +17,7 @@ from ..nn._chains import (
     activation_of,
     chain_length,
     defer,
+    may_pass,
     run_layers,
 )
 from ._forwards import SUM, rewritten
@@ -207,7 +208,7 @@ def _chains_in(layers: Sequence[Any]) -> Iterator[Sequence[Any]]:
     while first < len(layers):
         length = 1 if layers[first] is SUM else chain_length(layers, first)
         end = last = first + length
-        while last < len(layers) and type(layers[last]) in (nn.Identity, nn.Dropout):
+        while last < len(layers) and may_pass(type(layers[last])):
             last += 1
         if last < len(layers) and layers[last] is SUM and layers[first] is not SUM:
             waits = type(layers[first]) in CONVOLUTIONS and activation_of(layers[end - 1]) is None

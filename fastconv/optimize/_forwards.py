@@ -12,6 +12,7 @@ the function changes, and it is rewritten only if its source is, to the byte cod
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import functools
 from collections.abc import Iterator, Sequence
@@ -40,28 +41,31 @@ class Rewritten:
         function: of which it is the forward.
         forward: does the same.
         deferred: the same, but what it returns may be a ``Pending``, to which its caller adds.
-        places: for each run of calls, the code of each; ``SUM`` where there is a sum.
+        places: for each run of calls, the conditions under which it is reached, as code and what that must
+            give; and the code of each call, ``SUM`` where there is a sum.
         plain: it only calls its layers one after the other, and writes to none of its inputs.
     """
 
     function: FunctionType
     forward: FunctionType
     deferred: FunctionType
-    places: list[list[Any]]
+    places: list[tuple[list[tuple[CodeType, bool]], list[Any]]]
     plain: bool
 
     def layers(self, module: Any) -> Iterator[list[Any]]:
         """What each run of calls would call for a module, as far as that can be told before it runs."""
-        name = self.function.__code__.co_varnames[0]
-        for place in self.places:
-            yield [SUM if step is SUM else _evaluate(step, self.function, {name: module}) for step in place]
+        names = {self.function.__code__.co_varnames[0]: module}
+        for conditions, steps in self.places:
+            found = [_evaluate(code, self.function, names, wanted) for code, wanted in conditions]
+            if all(bool(value) == wanted for value, (_, wanted) in zip(found, conditions)):
+                yield [SUM if step is SUM else _evaluate(step, self.function, names) for step in steps]
 
 
-def _evaluate(code: CodeType, function: FunctionType, names: dict[str, Any]) -> Any:
+def _evaluate(code: CodeType, function: FunctionType, names: dict[str, Any], default: Any = ...) -> Any:
     try:
         return eval(code, function.__globals__, names)
     except Exception:  # it depends on what only a call knows
-        return object()
+        return default
 
 
 @functools.cache
@@ -78,7 +82,10 @@ def rewritten(function: Any) -> Rewritten | None:
     deferred = function_with(
         function, node, [_deferred(statement) for statement in copy.deepcopy(body)], HELPERS
     )
-    places = [[s if s is SUM else _code(s) for s in place] for place in writer.places]
+    places = [
+        ([(_code(test), wanted) for test, wanted in conditions], [s if s is SUM else _code(s) for s in steps])
+        for conditions, steps in writer.places
+    ]
     return Rewritten(function, forward, deferred, places, _is_plain(node, writer))
 
 
@@ -180,7 +187,8 @@ class _Writer:
     def __init__(self, code: CodeType) -> None:
         self.own = code.co_varnames[0]
         self.locals = set(code.co_varnames)
-        self.places: list[list[Any]] = []
+        self.places: list[tuple[list[tuple[ast.expr, bool]], list[Any]]] = []
+        self.conditions: list[tuple[ast.expr, bool]] = []  # under which what is being written is reached
 
     # What can be understood of an expression
 
@@ -269,10 +277,21 @@ class _Writer:
     def _inner(self, statement: ast.stmt) -> ast.stmt:
         if isinstance(statement, (ast.If, ast.For, ast.While, ast.With)):
             statement = copy.copy(statement)
-            statement.body = self.block(statement.body)
-            if getattr(statement, "orelse", None):
-                statement.orelse = self.block(statement.orelse)
+            test = statement.test if isinstance(statement, ast.If) else None
+            with self._under(test, True):
+                statement.body = self.block(statement.body)
+            with self._under(test, False):
+                if getattr(statement, "orelse", None):
+                    statement.orelse = self.block(statement.orelse)
         return statement
+
+    @contextlib.contextmanager
+    def _under(self, test: ast.expr | None, wanted: bool) -> Iterator[None]:
+        """What is written in the block is reached where a test gives that."""
+        known = len(self.conditions)
+        self.conditions += [] if test is None else [(test, wanted)]
+        yield
+        del self.conditions[known:]
 
     def _start(self, statement: ast.stmt) -> _Run | None:
         """The run that a statement begins: ``name = ...`` or ``return ...`` of calls, or of a sum."""
@@ -315,7 +334,10 @@ class _Writer:
             rest = statements[at + 1 :]
             if self._goes_into_branches(name, following, rest):
                 branches = [[*block, *rest] for block in (following.body, following.orelse)]
-                pair = [self._branch(name, copy.deepcopy(run), block) for block in branches]
+                pair = []
+                for wanted, block in zip((True, False), branches):
+                    with self._under(following.test, wanted):
+                        pair.append(self._branch(name, copy.deepcopy(run), block))
                 return [*written, ast.If(following.test, *pair)], len(statements) - index
             found = self._find_sum(run, name, statements, at)
             if found is None:
@@ -429,18 +451,21 @@ class _Writer:
 
     # What is written
 
+    def _note(self, steps: list[Any]) -> None:
+        self.places.append((list(self.conditions), steps))
+
     def _written(self, run: _Run, original: ast.expr | None = None) -> ast.expr:
         """The call that does a run; ``original``, if it would gain nothing."""
         if isinstance(run.base, _Sum):
             total = run.base
             sides = [self._defer(s, []) if isinstance(s, _Run) else s for s in (total.left, total.right)]
-            self.places.append([*total.steps, SUM, *run.steps])
+            self._note([*total.steps, SUM, *run.steps])
             return _call(ADD_NAME, *sides, ast.Constant(total.inplace), _tuple(run.steps))
         if original is not None and (len(run.steps) == 1 and not isinstance(run.steps[0], ast.IfExp)):
             return original
         if not run.steps:
             return run.base
-        self.places.append(run.steps)
+        self._note(run.steps)
         return _call(RUN_NAME, _tuple(run.steps), run.base)
 
     def _defer(self, run: _Run, between: list[ast.expr]) -> ast.expr:
