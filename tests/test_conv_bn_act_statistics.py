@@ -268,6 +268,8 @@ def test_where_pytorchs_convolution_is_as_fast_the_saved_pass_decides():
         geometry = ((stride, stride), (filters[2] // 2,) * 4, (1, 1), 1)
         assert _algorithm(input, weight, geometry, None) == wanted
         assert _algorithm(input, weight, geometry, "cpu") == (wanted or "direct")
+        if shape[1] == 3:
+            assert _algorithm(input.requires_grad_(), weight, geometry, None) is None
 
 
 def test_where_nothing_is_gathered():

@@ -66,6 +66,8 @@ def _gathering_pays(input, weight, geometry) -> bool:
     terms = channels * taps[0] * taps[1]
     pixels = input.shape[0] * (input.shape[2] // high) * (input.shape[3] // wide)
     enough = filters >= 64 and terms >= 64 and pixels * filters * terms >= _LEAST
+    if channels < 16 and input.requires_grad:  # a gradient that PyTorch is faster at, and few stems need
+        return False
     return groups == 1 and weight.dtype == torch.float32 and enough and _conv2d_choice.WIDE_VECTORS
 
 
