@@ -216,8 +216,9 @@ def add(left: Any, right: Any, inplace: bool, layers: Sequence[Layer | None]) ->
             if output is not None:
                 return run_layers(layers[layer is not None :], output)
             input = run_chain(*pending.first, input)
-        if type(residual) in PLAIN and _is_chain(conv, norm, layer, input, residual):
-            return run_layers(layers[layer is not None :], _chain(conv, norm, layer, input, residual))
+        fused = _run_fused(conv, norm, layer, input, residual) if type(residual) in PLAIN else None
+        if fused is not None:
+            return run_layers(layers[layer is not None :], fused)
         output = _one_by_one(conv, norm, None, input)
         left, right = (output, right) if pending is left else (left, output)
     return run_layers(layers, operator.iadd(left, right) if inplace else left + right)
@@ -239,14 +240,19 @@ def run_chain(
     That is a layer of another type, with hooks or a forward of its own, or a tensor that no kernel serves, or
     that would be broadcast or converted.
     """
-    if backend is None and _has_types(conv, norm, layer) and norm is not None:
-        activation = None if layer is None else activation_of(layer)
-        output = run_known(conv, norm, activation, input, residual)
-        if output is not None:
-            return output
-    if _is_chain(conv, norm, layer, input, residual):
-        return _chain(conv, norm, layer, input, residual, backend)
-    return _one_by_one(conv, norm, layer, input, residual)
+    output = _run_fused(conv, norm, layer, input, residual, backend)
+    return _one_by_one(conv, norm, layer, input, residual) if output is None else output
+
+
+def _run_fused(conv, norm, layer, input, residual=None, backend=None) -> torch.Tensor | None:
+    if not _has_types(conv, norm, layer):
+        return None
+    activation = None if layer is None else activation_of(layer)
+    output = None if backend is not None else run_known(conv, norm, activation, input, residual)
+    if output is None and _is_chain(conv, norm, input, residual):
+        backend = backend or getattr(conv, "backend", None)
+        output = conv_norm_act(conv, norm, activation, input, residual, backend)
+    return output
 
 
 Parts = tuple[nn.Module, nn.Module | None, Layer | None]  # of a chain
@@ -273,7 +279,7 @@ def _run_two(first: Parts, second: Parts, input: Any, residual: Any = None) -> t
         return None if output is False else output
     depthwise = first[0]
     if (
-        _is_chain(*first, input, None)
+        _is_chain(*first[:2], input)
         and conv.in_channels == depthwise.out_channels
         and conv.stride == (1, 1)
         and conv.padding in ((0, 0), "valid", "same")
@@ -302,10 +308,10 @@ def _has_types(conv, norm, layer) -> bool:
     )
 
 
-def _is_chain(conv, norm, layer, input, residual) -> bool:
+def _is_chain(conv, norm, input, residual=None) -> bool:
+    """Whether layers of these types, on these tensors, are what one call does."""
     return (
-        _has_types(conv, norm, layer)
-        and getattr(conv, "activation", None) is None
+        getattr(conv, "activation", None) is None
         and getattr(conv, "algorithm", None) is None
         and type(input) in PLAIN
         and takes(input, conv.weight, conv.bias)
@@ -355,13 +361,6 @@ def _fits(conv: nn.Module, channels: int, input: torch.Tensor, residual: torch.T
     return residual.shape == (input.shape[0], channels, *sizes)
 
 
-def _chain(conv, norm, layer, input, residual=None, backend=None):
-    backend = backend or getattr(conv, "backend", None)
-    return conv_norm_act(
-        conv, norm, None if layer is None else activation_of(layer), input, residual, backend
-    )
-
-
 def conv_norm_act(
     conv: nn.Conv2d,
     norm: nn.BatchNorm2d | None,
@@ -371,6 +370,8 @@ def conv_norm_act(
     backend: str | None = None,
 ) -> torch.Tensor:
     """What layers of PyTorch, an addition and an activation do, ``norm``'s counter of batches too."""
+    if backend is None and (output := run_new(conv, norm, activation, input, residual)) is not None:
+        return output
     if conv.padding_mode != "zeros":
         input = nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
     geometry = {
@@ -381,8 +382,6 @@ def conv_norm_act(
     }
     if norm is None:
         return convolve(input, conv.weight, conv.bias, geometry, activation, residual, backend)
-    if backend is None and (output := run_new(conv, norm, activation, input, residual)) is not None:
-        return output
     training = norm.training or norm.running_mean is None
     tracks = norm.training and norm.track_running_stats
     momentum = 0.0 if norm.momentum is None else norm.momentum

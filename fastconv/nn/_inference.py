@@ -17,15 +17,15 @@ from ..ops import _plans, conv2d, depthwise_conv2d, separable_conv2d
 from ..ops._activation import add_and_activate
 from ..ops._arguments import padding_sides
 from ..ops._folded_weights import fold_and_pack
-from ..ops._packed_weights import kept_of, made_of
+from ..ops._packed_weights import kept_of, made_of, packed_weight
 
 Chain = tuple[nn.Module, nn.Module, str | None]  # convolution, normalisation, activation
 
 
-def _is_plain(conv: nn.Module, norm: nn.Module) -> bool:
+def _is_plain(conv: nn.Module, norm: nn.Module | None) -> bool:
     own = conv.__dict__
     return not (
-        norm.__dict__["training"]
+        (norm is not None and norm.__dict__["training"])
         or own["padding_mode"] != "zeros"
         or own.get("activation") is not None
         or own.get("backend") is not None
@@ -33,7 +33,7 @@ def _is_plain(conv: nn.Module, norm: nn.Module) -> bool:
     )
 
 
-def _key(conv: nn.Module, norm: nn.Module, activation: str | None, input: Any, residual: Any) -> Any:
+def _key(conv: nn.Module, norm: nn.Module | None, activation: str | None, input: Any, residual: Any) -> Any:
     """Of all that decides how a chain runs but its values; None where the layers must be looked at."""
     if not _is_plain(conv, norm):
         return None
@@ -41,7 +41,8 @@ def _key(conv: nn.Module, norm: nn.Module, activation: str | None, input: Any, r
     parameters = own["_parameters"]
     tensors = (input, parameters["weight"], parameters["bias"], residual)
     geometry = own["stride"], own["padding"], own["dilation"], own["groups"]
-    return _plans.key_of("chain", tensors, *geometry, activation)
+    name = "convolution" if norm is None else "chain"
+    return _plans.key_of(name, tensors, *geometry, activation)
 
 
 def _tensors(conv: nn.Module, norm: nn.Module) -> tuple[torch.Tensor | None, ...]:
@@ -58,7 +59,7 @@ def _tensors(conv: nn.Module, norm: nn.Module) -> tuple[torch.Tensor | None, ...
 
 
 def run_known(
-    conv: nn.Module, norm: nn.Module, activation: str | None, input: Any, residual: Any
+    conv: nn.Module, norm: nn.Module | None, activation: str | None, input: Any, residual: Any
 ) -> torch.Tensor | None:
     """``act(norm(conv(input)) + residual)`` as in an earlier call; None where there was none."""
     key = _key(conv, norm, activation, input, residual)
@@ -66,20 +67,22 @@ def run_known(
     if found is None:
         return None
     run, plan, making = found
+    if norm is None:
+        return run(plan, _unfolded(conv, making), input, residual, activation)
     made = kept_of(_tensors(conv, norm), "fold_and_pack", (norm.__dict__["eps"], *making))
     return None if made is None else run(plan, made, input, residual, activation)
 
 
 def run_new(
     conv: nn.Module,
-    norm: nn.Module,
+    norm: nn.Module | None,
     activation: str | None,
     input: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """The same, of a chain that was checked; None where nothing may be kept."""
     key = _key(conv, norm, activation, input, residual)
-    if key is None or norm.running_mean is None:
+    if key is None or (norm is not None and norm.running_mean is None):
         return None
     geometry = conv.stride, conv.padding, conv.dilation
     if conv.groups == input.shape[1] > 1 and conv.weight.shape[1] == 1:
@@ -91,11 +94,20 @@ def run_new(
         plan = conv2d.make_plan(*tensors, *geometry, conv.groups, activation)
         found = _run_dense, plan, (conv.groups, plan[1] if plan[0] == "cpu" else None)
     run, plan, making = found
-    made = made_of(_tensors(conv, norm), "fold_and_pack", (norm.eps, *making), fold_and_pack)
+    if norm is None:
+        made = _unfolded(conv, making)
+    else:
+        made = made_of(_tensors(conv, norm), "fold_and_pack", (norm.eps, *making), fold_and_pack)
     if made is None:
         return None
     _plans.keep(key, found)
     return run(plan, made, input, residual, activation)
+
+
+def _unfolded(conv: nn.Module, making: tuple[int, str | None]) -> tuple[torch.Tensor | None, ...]:
+    parameters = conv.__dict__["_parameters"]
+    weight, bias = parameters["weight"], parameters["bias"]
+    return (weight, bias) if making[1] is None else (weight, bias, packed_weight("conv2d", weight, *making))
 
 
 def _run_dense(plan, made, input, residual, activation):
