@@ -14,26 +14,29 @@ from .windows import outputs
 def tensors(sizes, generator):
     input, depthwise_weight = bench_depthwise_conv2d.tensors(sizes, generator)
     weight = torch.randn(sizes["filters"], sizes["channels"], 1, 1, generator=generator)
-    return input, depthwise_weight, weight / sizes["channels"] ** 0.5
+    # No sum is near relu's corner, where rounding decides the gradient: every other channel is all zeros.
+    bias = 10.0 * (1 - 2 * (torch.arange(sizes["channels"]) % 2))
+    return input, depthwise_weight, weight / sizes["channels"] ** 0.5, bias
 
 
-def reference(sizes, input, depthwise_weight, pointwise_weight):
+def reference(sizes, input, depthwise_weight, pointwise_weight, bias):
     return fastconv.separable_conv2d_reference(
-        input, depthwise_weight, pointwise_weight, None, None, *_window(sizes), mid_activation="relu"
+        input, depthwise_weight, pointwise_weight, bias, None, *_window(sizes), mid_activation="relu"
     )
 
 
-def ours(sizes, input, depthwise_weight, pointwise_weight, backend=None, algorithm=None):
+def ours(sizes, input, depthwise_weight, pointwise_weight, bias, backend=None, algorithm=None):
     return fastconv.separable_conv2d(
-        *(input, depthwise_weight, pointwise_weight, None, None, *_window(sizes)),
+        *(input, depthwise_weight, pointwise_weight, bias, None, *_window(sizes)),
         mid_activation="relu",
         backend=backend,
         algorithm=algorithm,
     )
 
 
-def peer(sizes, input, depthwise_weight, pointwise_weight):
-    middle = bench_depthwise_conv2d.peer(sizes, input, depthwise_weight)
+def peer(sizes, input, depthwise_weight, pointwise_weight, bias):
+    window = {"stride": sizes["stride"], "padding": sizes["padding"], "groups": sizes["channels"]}
+    middle = torch.nn.functional.conv2d(input, depthwise_weight, bias, **window)
     return torch.nn.functional.conv2d(torch.relu_(middle), pointwise_weight)
 
 
