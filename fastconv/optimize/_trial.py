@@ -6,7 +6,7 @@ import contextlib
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from .._timing import interleave, wall_clock
 from ..cost import bytes_moved, is_layer, macs
 
 SLACK = 16  # a difference may be so many times what rounding alone explains
+STATISTICS = 2  # rounding steps by which a batch's mean and deviation are off, for all of a channel's values
 ROUNDS = 12  # of timing a layer
 SECONDS = 0.6  # after which timing a layer stops
 
@@ -196,16 +197,28 @@ def watch(model: nn.Module, captured: Iterable[nn.Module]) -> Iterator[tuple[dic
 
 @contextlib.contextmanager
 def rounding_noise(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block, every output of the modules is off by one rounding step, up or down at random."""
+    """Within the block, every output of the modules is off by one rounding step, up or down at random.
+
+    What a batch's statistics have normalised is off by more, and alike in all of a channel: that does not
+    cancel in the sums that follow.
+    """
 
     def disturb(module: nn.Module, args: tuple, result: Any) -> Any:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.is_floating_point():
                 return tensor
             generator = torch.Generator(tensor.device).manual_seed(tensor.numel())
-            up = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device)
-            step = (2 * up - 1).to(tensor.dtype) * torch.finfo(tensor.dtype).eps
-            return tensor + tensor * step
+
+            def steps(shape: Sequence[int]) -> torch.Tensor:
+                up = torch.randint(0, 2, shape, generator=generator, device=tensor.device)
+                return (2 * up - 1).to(tensor.dtype) * torch.finfo(tensor.dtype).eps
+
+            moved = tensor + tensor * steps(tensor.shape)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and tensor.dim() > 1:
+                channels = (1, tensor.shape[1], *[1] * (tensor.dim() - 2))
+                size = tensor.detach().abs().mean()
+                moved = moved + STATISTICS * (tensor * steps(channels) + size * steps(channels))
+            return moved
 
         return tree_map_only(torch.Tensor, move, result)
 
