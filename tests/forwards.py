@@ -145,7 +145,7 @@ class Dropped(Layers):
 
 FORWARDS = {  # and how many calls of chains one of its forwards makes
     Nested: 2, Statements: 2, SumInPlace: 2, SumAfterShortcut: 2, SumOnTheRight: 1, ChosenSum: 1,
-    Conditional: 1, InALoop: 3, Inner: 1, SumWithAModule: 3, Dropped: 1,
+    Conditional: 1, InALoop: 2, Inner: 1, SumWithAModule: 3, Dropped: 1,
 }  # fmt: skip
 SUMS = {SumInPlace, SumAfterShortcut, SumOnTheRight, ChosenSum, SumWithAModule, Dropped}
 

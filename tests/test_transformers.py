@@ -108,7 +108,8 @@ def test_our_kernels_give_the_same_numbers(layer_type, training, memory_format):
         watched = run(model, x)
     close(watched, expected, 1e-10)
     close(run(model, x), expected, 1e-10)
-    assert {"fastconv::conv2d", "fastconv::conv2d_backward"} <= calls.names
+    assert "fastconv::conv2d_backward" in calls.names
+    assert calls.names & {"fastconv::conv2d", "fastconv::conv2d_moments"}
     assert not any("convolution" in name for name in calls.names)
     with torch.no_grad():
         output = model.eval()(x).last_hidden_state

@@ -88,7 +88,7 @@ class StochasticDepth(nn.Module):
     Reference: Huang et al., "Deep Networks with Stochastic Depth", 2016, arXiv:1603.09382.
     """
 
-    passes_in_evaluation = True  # optimize may look through it there
+    _fastconv_passes_in_evaluation = True  # optimize may look through it there
 
     def __init__(self, probability: float) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType, EllipsisType, FunctionType
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def activation_of(layer: Layer) -> str | None:
     words = {}
     if type(layer) is functools.partial:
         layer, words = layer.func, layer.keywords
-    name = _FUNCTIONS.get(layer) if callable(layer) and not isinstance(layer, nn.Module) else None
+    name = _FUNCTIONS.get(layer) if type(layer) in (FunctionType, BuiltinFunctionType) else None
     if name == "gelu" and words.keys() <= {"approximate"}:
         return {"tanh": "gelu_tanh", "none": "gelu"}.get(words.get("approximate", "none"))
     return name if words.keys() <= {"inplace"} else None
@@ -76,8 +77,8 @@ def chain_length(layers: Sequence[Layer], first: int) -> int:
     return end - first
 
 
-def run_layers(layers: Sequence[Layer | None], input: Any) -> Any:
-    """Calls layers one after the other, None for none; chains of them in one call each."""
+def run_layers(layers: Sequence[Layer | EllipsisType], input: Any) -> Any:
+    """Calls layers one after the other, ``...`` for none; chains of them in one call each."""
     layers = _flat(layers)
     first = 0
     while first < len(layers):
@@ -99,14 +100,41 @@ def run_layers(layers: Sequence[Layer | None], input: Any) -> Any:
     return input
 
 
-def _flat(layers: Sequence[Layer | None]) -> list[Layer]:
-    """The layers in containers too; without None."""
+@dataclass(frozen=True)
+class FusedKind:
+    """What a class is whose forward ``optimize`` has rewritten, as its attribute ``FUSED``.
+
+    Attributes:
+        original: the class that it stands for.
+        function: that class's forward, of which this class's own is made.
+        deferred: the forward, but it may return a :class:`Pending`.
+        plain: the forward only calls the module's children, one after the other.
+        is_container: it is that of ``nn.Sequential``.
+    """
+
+    original: type[nn.Module]
+    function: Any
+    deferred: Callable[[nn.Module, Any], Any]
+    plain: bool
+    is_container: bool
+
+
+FUSED = "_fastconv_fused"
+
+
+def fused_kind(layer: Any) -> FusedKind | None:
+    return type(layer).__dict__.get(FUSED)
+
+
+def _flat(layers: Sequence[Layer | EllipsisType]) -> list[Layer]:
+    """The layers in containers too; without those that a condition leaves out."""
     flat = []
     for layer in layers:
-        kind = type(layer)
-        if getattr(kind, "is_container", kind is nn.Sequential) and not is_alone(layer):
+        fused = fused_kind(layer)
+        is_container = type(layer) is nn.Sequential if fused is None else fused.is_container
+        if is_container and not is_alone(layer):
             flat += _flat(layer._modules.values())
-        elif layer is not None:
+        elif layer is not ...:
             flat.append(layer)
     return flat
 
@@ -134,7 +162,7 @@ class Pending:
     first: tuple[nn.Module, nn.Module | None, Layer | None] | None = None
 
 
-def defer(layers: Sequence[Layer | None], input: Any, between: Sequence[Layer | None] = ()) -> Any:
+def defer(layers: Sequence[Layer | EllipsisType], input: Any, between: Sequence[Layer | None] = ()) -> Any:
     """As :func:`run_layers`, but a chain at the end may wait, for one call to do it with a sum.
 
     Args:
@@ -169,9 +197,9 @@ def defer(layers: Sequence[Layer | None], input: Any, between: Sequence[Layer | 
 def _defer_module(module: nn.Module, input: Any) -> Any:
     if is_alone(module) or type(module).__call__ is not nn.Module.__call__:
         return module(input)
-    deferred = getattr(type(module), "deferred", None)
-    if deferred is not None:
-        return deferred(module, input)
+    fused = fused_kind(module)
+    if fused is not None:
+        return fused.deferred(module, input)
     if type(module).forward is nn.Sequential.forward:
         return defer(tuple(module._modules.values()), input)
     return module(input)
@@ -186,28 +214,29 @@ def _passes(layer: Layer) -> bool:
 
 def may_pass(kind: type) -> bool:
     """Whether layers of a type return what they are given, some of them in evaluation only."""
-    return kind in (nn.Identity, nn.Dropout) or getattr(kind, "passes_in_evaluation", False)
+    return kind in (nn.Identity, nn.Dropout) or getattr(kind, "_fastconv_passes_in_evaluation", False)
 
 
-def _are_calm(layers: Sequence[Layer | None], waiting: Any) -> bool:
+def _are_calm(layers: Sequence[Layer | EllipsisType], waiting: Any) -> bool:
     """Whether calls of layers may go before those that wait."""
     return all(layer is None or _is_calm(layer, waiting) for layer in layers)
 
 
 def _is_calm(layer: Any, waiting: Any) -> bool:
-    if layer in waiting or is_watched(layer):
+    if not isinstance(layer, nn.Module) or layer in waiting or is_watched(layer):
         return False
     kind = type(layer)
     if kind in _CALM:
         return True
-    plain = kind.forward is nn.Sequential.forward or getattr(kind, "plain", False)
+    fused = fused_kind(layer)
+    plain = kind.forward is nn.Sequential.forward if fused is None else fused.plain
     return plain and all(_is_calm(child, waiting) for child in layer._modules.values() if child is not None)
 
 
-def add(left: Any, right: Any, inplace: bool, layers: Sequence[Layer | None]) -> Any:
+def add(left: Any, right: Any, inplace: bool, layers: Sequence[Layer | EllipsisType]) -> Any:
     """``left + right``, or ``left += right``, and layers on it. One of the two may be a :class:`Pending`."""
     pending, residual = (left, right) if type(left) is Pending else (right, left)
-    layers = [layer for layer in layers if layer is not None]
+    layers = [layer for layer in layers if layer is not ...]
     if type(pending) is Pending:
         conv, norm, input = pending.conv, pending.norm, pending.input
         layer = layers[0] if layers and activation_of(layers[0]) is not None else None
@@ -312,6 +341,7 @@ def _is_chain(conv, norm, input, residual=None) -> bool:
     """Whether layers of these types, on these tensors, are what one call does."""
     return (
         getattr(conv, "activation", None) is None
+        and torch.autograd.forward_ad._current_level < 0  # our operators have no forward-mode derivatives
         and getattr(conv, "algorithm", None) is None
         and type(input) in PLAIN
         and takes(input, conv.weight, conv.bias)
@@ -333,11 +363,18 @@ def _is_ordinary(conv: nn.Module, norm: nn.BatchNorm2d | None, input: torch.Tens
     if norm is None:
         return True
     numbers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    dtype = torch.get_autocast_dtype(input.device.type) if is_autocast(input) else input.dtype
+    dtypes = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
     return (
         norm.num_features == conv.out_channels
         and norm.eps > 0
+        and type(norm.training) is bool
+        and (norm.running_mean is None) == (norm.running_var is None)
         and (norm.running_mean is not None or not norm.track_running_stats)
-        and all(t is None or (type(t) in PLAIN and t.device == input.device) for t in numbers)
+        and all(
+            t is None or (type(t) in PLAIN and t.device == input.device and t.dtype in dtypes)
+            for t in numbers
+        )
         and (not norm.training or input.shape[0] * input.shape[2] * input.shape[3] > 1)
     )
 

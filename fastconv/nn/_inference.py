@@ -24,8 +24,17 @@ Chain = tuple[nn.Module, nn.Module, str | None]  # convolution, normalisation, a
 
 def _is_plain(conv: nn.Module, norm: nn.Module | None) -> bool:
     own = conv.__dict__
+    if norm is not None:
+        state = norm.__dict__
+        if (
+            state["training"]
+            or "running_mean" not in state["_buffers"]
+            or "weight" not in state["_parameters"]
+        ):
+            return False
     return not (
-        (norm is not None and norm.__dict__["training"])
+        "weight" not in own["_parameters"]
+        or "bias" not in own["_parameters"]
         or own["padding_mode"] != "zeros"
         or own.get("activation") is not None
         or own.get("backend") is not None

@@ -94,7 +94,7 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 def is_watched(module: nn.Module) -> bool:
     """By hooks, which want to see what goes in and out; or it has a forward of its own."""
     own, everywhere = module.__dict__, vars(nn.modules.module)
-    if "forward" in own:
+    if "forward" in own or "_conv_forward" in own:
         return True
     for name in _HOOKS:
         if own[name]:

@@ -265,7 +265,12 @@ def _update(running_mean, running_var, mean, variance, momentum, sums) -> None:
     batch = [mean.detach(), variance * (count / (count - 1))]
     running = [running_mean, running_var]
     batch = [new if new.dtype == old.dtype else new.to(old.dtype) for new, old in zip(batch, running)]
-    torch._foreach_lerp_(running, batch, momentum)
+    if torch.compiler.is_compiling():
+        torch._foreach_lerp_(running, batch, momentum)
+        return
+    # As PyTorch does: a gradient by running averages that were others then is no error.
+    with torch.autograd._unsafe_preserve_version_counter(tuple(running)):
+        torch._foreach_lerp_(running, batch, momentum)
 
 
 choose = Choice(

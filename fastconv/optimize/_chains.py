@@ -14,9 +14,12 @@ from ..nn._chains import (
     ACTIVATION_LAYERS,
     ALONE,
     CONVOLUTIONS,
+    FUSED,
+    FusedKind,
     activation_of,
     chain_length,
     defer,
+    fused_kind,
     may_pass,
     run_layers,
 )
@@ -44,24 +47,17 @@ class ChainReport:
 class Fused:
     """A module of another class, whose forward runs its chains in one call each.
 
-    It looks for them in each call, so whatever becomes of its layers, it computes what they say.
-
-    Attributes:
-        original: its class.
-        function: that class's forward, of which this class's own is made.
-        plain: the forward only calls the module's children, one after the other.
-        is_container: it is a container's.
-        deferred: its forward, but it may return a ``Pending``, see :mod:`fastconv.nn._chains`.
+    It looks for them in each call, so whatever becomes of its layers, it computes what they say. What the
+    class is stands in one attribute, :class:`fastconv.nn._chains.FusedKind`.
     """
 
-    original: type[nn.Module]
-    function: Any
-    plain: bool
-    is_container: bool
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        return _new, (type(self).original,), *state
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        original = original_type(self)
+        own = (
+            original.__reduce__ is not object.__reduce__ or original.__reduce_ex__ is not object.__reduce_ex__
+        )
+        return reduced if own else (_new, (original,), *reduced[2:])
 
 
 def _new(original: type[nn.Module]) -> nn.Module:
@@ -74,25 +70,22 @@ _types: dict[type[nn.Module], type[nn.Module]] = {}
 
 def fused_type(original: type[nn.Module]) -> type[nn.Module] | None:
     """The class that takes a class's place; None if its forward cannot be rewritten."""
-    found = _types.get(original)
-    if found is not None and found.function is original.forward:
-        return found
     function = original.forward
-    if not _has_plain_calls(original):
+    if original in _types and _types[original].__dict__[FUSED].function is function:
+        return _types[original]
+    if not _is_usual(original):
         return None
-    if function is nn.Sequential.forward:
+    is_container = function is nn.Sequential.forward
+    if is_container:
         forward, deferred, plain = _run_container, _defer_container, True
-    elif (source := rewritten(function)) is not None:
+    elif (source := rewritten(function, original)) is not None:
         forward, deferred, plain = source.forward, source.deferred, source.plain
     else:
         return None
+    deferred = _unless_changed(original, function, deferred)
     own = {
-        "original": original,
-        "function": staticmethod(function),
-        "plain": plain,
-        "is_container": function is nn.Sequential.forward,
+        FUSED: FusedKind(original, function, deferred, plain, is_container),
         "forward": _unless_changed(original, function, forward),
-        "deferred": _unless_changed(original, function, deferred),
         "__doc__": original.__doc__,
         "__module__": original.__module__,
     }
@@ -100,11 +93,15 @@ def fused_type(original: type[nn.Module]) -> type[nn.Module] | None:
     return _types[original]
 
 
-def _has_plain_calls(kind: type[nn.Module]) -> bool:
-    """Whether calls and attributes of its modules are what PyTorch makes them."""
+def _is_usual(kind: type[nn.Module]) -> bool:
+    """Whether calls, attributes and subclasses of it are what PyTorch and Python make them."""
     names = ("__call__", "__getattr__", "__getattribute__")
-    plain = all(getattr(kind, name) is getattr(nn.Module, name) for name in names)
-    return plain and not issubclass(kind, (torch.jit.ScriptModule, torch.fx.GraphModule, Fused))
+    if any(getattr(kind, name) is not getattr(nn.Module, name) for name in names):
+        return False
+    if issubclass(kind, nn.Sequential) and kind.__iter__ is not nn.Sequential.__iter__:
+        return False
+    registers = any("__init_subclass__" in vars(base) for base in kind.__mro__ if base is not object)
+    return not registers and not issubclass(kind, (torch.jit.ScriptModule, torch.fx.GraphModule, Fused))
 
 
 def _run_container(container: nn.Sequential, input: Any) -> Any:
@@ -177,12 +174,12 @@ def rows_of(
 def _holds_containers(module: nn.Module) -> bool:
     """Whether it is a container whose chains are in containers: a chain of one may go on in the next."""
     return original_type(module).forward is nn.Sequential.forward and any(
-        isinstance(child, Fused) and child.is_container for child in module._modules.values()
+        isinstance(child, Fused) and fused_kind(child).is_container for child in module._modules.values()
     )
 
 
 def original_type(module: nn.Module) -> type[nn.Module]:
-    return type(module).original if isinstance(module, Fused) else type(module)
+    return fused_kind(module).original if isinstance(module, Fused) else type(module)
 
 
 def _name_of(layer: Any) -> str:
@@ -198,9 +195,9 @@ def _sequences(module: nn.Module) -> Iterator[Sequence[Any]]:
     kind = original_type(module)
     if kind.forward is nn.Sequential.forward:
         yield list(module._modules.values())
-    elif _has_plain_calls(kind) and (source := rewritten(kind.forward)) is not None:
+    elif _is_usual(kind) and (source := rewritten(kind.forward, kind)) is not None:
         for layers in source.layers(module):
-            yield [layer for layer in layers if layer is not None]
+            yield [layer for layer in layers if layer is not ...]
 
 
 def _chains_in(layers: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -232,5 +229,5 @@ def _can_wait(layer: Any) -> bool:
 
 def unfuse(module: nn.Module) -> None:
     if isinstance(module, Fused):
-        module.__class__ = type(module).original
+        module.__class__ = original_type(module)
     module.__dict__.pop(ALONE, None)

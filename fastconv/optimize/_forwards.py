@@ -15,6 +15,7 @@ import ast
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
@@ -56,25 +57,27 @@ class Rewritten:
         """What each run of calls would call for a module, as far as that can be told before it runs."""
         names = {self.function.__code__.co_varnames[0]: module}
         for conditions, steps in self.places:
-            found = [_evaluate(code, self.function, names, wanted) for code, wanted in conditions]
-            if all(bool(value) == wanted for value, (_, wanted) in zip(found, conditions)):
-                yield [SUM if step is SUM else _evaluate(step, self.function, names) for step in steps]
+            found = [_evaluate(code, self.function, names, wanted, bool) for code, wanted in conditions]
+            if all(value is wanted for value, (_, wanted) in zip(found, conditions)):
+                yield [
+                    SUM if step is SUM else _evaluate(step, self.function, names, object()) for step in steps
+                ]
 
 
-def _evaluate(code: CodeType, function: FunctionType, names: dict[str, Any], default: Any = ...) -> Any:
+def _evaluate(code, function: FunctionType, names: dict[str, Any], default: Any, convert=lambda x: x) -> Any:
     try:
-        return eval(code, function.__globals__, names)
+        return convert(eval(code, function.__globals__, names))
     except Exception:  # it depends on what only a call knows
         return default
 
 
 @functools.cache
-def rewritten(function: Any) -> Rewritten | None:
-    """The function rewritten, or None: nothing to rewrite, or its source does not tell what it does."""
+def rewritten(function: Any, kind: type) -> Rewritten | None:
+    """A class's forward rewritten, or None: nothing to rewrite, or its source does not tell what it does."""
     node = node_of(function)
     if node is None:
         return None
-    writer = _Writer(function.__code__)
+    writer = _Writer(function.__code__, kind)
     body = writer.block(node.body)
     if not writer.places:
         return None
@@ -106,6 +109,9 @@ def _expand(step: ast.expr) -> ast.expr:
 
 
 class _Deferred(ast.NodeTransformer):
+    def visit_With(self, node: ast.With) -> ast.With:
+        return node  # what is returned within must be computed within
+
     def visit_Return(self, node: ast.Return) -> ast.Return:
         value = node.value
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == RUN_NAME:
@@ -184,7 +190,8 @@ def _mentions(name: str, *nodes: ast.AST) -> bool:
 class _Writer:
     """Rewrites blocks of one function's statements."""
 
-    def __init__(self, code: CodeType) -> None:
+    def __init__(self, code: CodeType, kind: type) -> None:
+        self.kind = kind
         self.own = code.co_varnames[0]
         self.locals = set(code.co_varnames)
         self.places: list[tuple[list[tuple[ast.expr, bool]], list[Any]]] = []
@@ -214,9 +221,15 @@ class _Writer:
 
     def _is_path(self, value: ast.expr) -> bool:
         root = _root(value)
-        return root is not None and (
-            root not in self.locals or (root == self.own and not isinstance(value, ast.Name))
+        if root != self.own:
+            return root is not None and root not in self.locals
+        while isinstance(value, (ast.Attribute, ast.Subscript)) and not isinstance(value.value, ast.Name):
+            value = value.value
+        # A method or property may change what is looked up next.
+        found = (
+            inspect.getattr_static(self.kind, value.attr, None) if isinstance(value, ast.Attribute) else self
         )
+        return not (callable(found) or hasattr(type(found), "__get__") or found is self)
 
     def _is_condition(self, test: ast.expr) -> bool:
         """It asks the module's attributes, or whether something is None."""
@@ -234,20 +247,33 @@ class _Writer:
         return self._is_path(test)
 
     def _callees(self, node: ast.AST) -> list[ast.expr] | None:
-        """What an expression or statement calls; None if it does anything but call, choose and assign."""
-        kinds = (ast.Name, ast.Attribute, ast.Constant, ast.IfExp, ast.Compare, ast.Is, ast.IsNot, ast.Call)
-        kinds += (ast.expr_context, ast.Assign, ast.If, ast.UnaryOp, ast.Not, ast.keyword)
-        found = []
-        for child in ast.walk(node):
-            if not isinstance(child, kinds):
+        """What an expression or statement calls, None for what a condition leaves out.
+
+        None if it does anything but call layers, choose and assign.
+        """
+        if isinstance(node, (ast.If, ast.IfExp)):
+            if not self._is_condition(node.test):
                 return None
-            if isinstance(child, ast.Assign) and _target(child) is None:
-                return None
-            if isinstance(child, ast.Call):
-                if self._step(child) is None or _root(child.func) != self.own:
+            found = []
+            for part, wanted in ((node.body, True), (node.orelse, False)):
+                inner = self._callees_of(part if isinstance(part, list) else [part])
+                if inner is None:
                     return None
-                found.append(child.func)
-        return found
+                nothing = ast.Constant(None)
+                found += [ast.IfExp(node.test, *((c, nothing) if wanted else (nothing, c))) for c in inner]
+            return found
+        if isinstance(node, ast.Call):
+            if self._step(node) is None or _root(node.func) != self.own:
+                return None
+            inner = self._callees(node.args[0])
+            return None if inner is None else [*inner, node.func]
+        if isinstance(node, ast.Assign):
+            return None if _target(node) is None else self._callees(node.value)
+        return [] if isinstance(node, (ast.Constant, ast.Name)) or _root(node) is not None else None
+
+    def _callees_of(self, nodes: Sequence[ast.AST]) -> list[ast.expr] | None:
+        found = [self._callees(node) for node in nodes]
+        return None if None in found else [callee for inner in found for callee in inner]
 
     # Blocks
 
@@ -275,7 +301,7 @@ class _Writer:
         return [statement]
 
     def _inner(self, statement: ast.stmt) -> ast.stmt:
-        if isinstance(statement, (ast.If, ast.For, ast.While, ast.With)):
+        if isinstance(statement, (ast.If, ast.For, ast.While)):
             statement = copy.copy(statement)
             test = statement.test if isinstance(statement, ast.If) else None
             with self._under(test, True):
@@ -393,7 +419,7 @@ class _Writer:
         more = self.run_of(inner.value)
         if not (more.steps and isinstance(more.base, ast.Name) and more.base.id == name):
             return False
-        nothing = ast.Constant(None)
+        nothing = ast.Constant(...)
         run.steps += [ast.IfExp(copy.deepcopy(following.test), step, nothing) for step in more.steps]
         return True
 
