@@ -83,10 +83,10 @@ def run_layers(layers: Sequence[Layer | EllipsisType], input: Any) -> Any:
     first = 0
     while first < len(layers):
         length = chain_length(layers, first)
-        if length == 1:
+        if type(layers[first]) is nn.Linear:
+            input = _run_linear(layers[first : first + length], input)
+        elif length == 1:
             input = layers[first](input)
-        elif type(layers[first]) is nn.Linear:
-            input = _run_linear(*layers[first : first + 2], input)
         else:
             parts, end = _parts(layers[first : first + length]), first + length
             if _may_be_first(parts) and end < len(layers):
@@ -446,13 +446,15 @@ def conv_norm_act(
     return output
 
 
-def _run_linear(linear: nn.Linear, layer: Layer, input: Any) -> Any:
-    """``layer(linear(input))``; of images in channels_last, without gradients, as a 1x1 convolution."""
+def _run_linear(layers: Sequence[Layer], input: Any) -> Any:
+    """A linear layer and perhaps an activation; of channels_last images, in inference, a 1x1 convolution."""
+    linear, *after = layers
     if not torch.is_grad_enabled() and type(input) in PLAIN and input.dim() == 4 and input.is_contiguous():
         images = input.permute(0, 3, 1, 2)
-        if not any(map(is_alone, (linear, layer))) and input.shape[3] == linear.in_features:
+        if not any(map(is_alone, layers)) and input.shape[3] == linear.in_features:
             weight = made_of((linear.weight,), "1x1", (), lambda weight: weight[:, :, None, None])
             if weight is not None and takes(images, weight, linear.bias):
-                output = conv2d(images, weight, linear.bias, activation=activation_of(layer))
-                return output.permute(0, 2, 3, 1)
-    return layer(linear(input))
+                activation = activation_of(after[0]) if after else None
+                return conv2d(images, weight, linear.bias, activation=activation).permute(0, 2, 3, 1)
+    output = linear(input)
+    return after[0](output) if after else output
