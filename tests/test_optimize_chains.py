@@ -85,7 +85,7 @@ FUSED = {
     "no normalisation": (lambda: nn.Sequential(*chain()[:1], nn.ReLU6(), nn.BatchNorm2d(4)), ["relu6"]),
     "a linear layer": (lambda: (lambda c: nn.Sequential(nn.Linear(5, 6), nn.GELU(), *c))(chain()), ["relu"]),
     "linear layers": (
-        lambda: (lambda c: nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 5), nn.ReLU(), *c))(chain()),
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 5), nn.ReLU(), *chain()),
         ["relu"],
     ),
     "of statistics of its own": (lambda: chain(norm=nn.BatchNorm2d(4, track_running_stats=False)), ["relu"]),
