@@ -52,6 +52,11 @@ def chain(*rest, norm=None, kind=nn.Sequential):
     return kind(nn.Conv2d(4, 4, 3, padding=1), norm, *rest).to(DEVICE)
 
 
+def linear(*rest):
+    chained = chain()  # whose seed is that of these layers too
+    return nn.Sequential(nn.Linear(5, 6), *rest, *chained).to(DEVICE)
+
+
 def check_same(model, other, steps=3):
     """Outputs, gradients and buffers over steps of training, and then in inference."""
     for step in range(steps + 1):
@@ -83,11 +88,8 @@ FUSED = {
     "two": (lambda: nn.Sequential(*chain(), *chain(nn.Tanh()), chain()[0]), ["relu", None]),
     "in a container": (lambda: nn.Sequential(chain(), nn.Sequential(chain()[:2])), ["relu", None]),
     "no normalisation": (lambda: nn.Sequential(*chain()[:1], nn.ReLU6(), nn.BatchNorm2d(4)), ["relu6"]),
-    "a linear layer": (lambda: (lambda c: nn.Sequential(nn.Linear(5, 6), nn.GELU(), *c))(chain()), ["relu"]),
-    "linear layers": (
-        lambda: nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 5), nn.ReLU(), *chain()),
-        ["relu"],
-    ),
+    "a linear layer": (lambda: linear(nn.GELU()), ["relu"]),
+    "linear layers": (lambda: linear(nn.GELU(), nn.Linear(6, 6), nn.ReLU()), ["relu"]),
     "of statistics of its own": (lambda: chain(norm=nn.BatchNorm2d(4, track_running_stats=False)), ["relu"]),
     "momentum None": (lambda: chain(norm=nn.BatchNorm2d(4, momentum=None)), ["relu"]),
     "the same layers twice": (lambda: (lambda c: nn.Sequential(*c, *c))(chain()), ["relu", "relu"]),
