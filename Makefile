@@ -28,7 +28,7 @@ report: $(VENV)/built  ## write README's tables and the plots from benchmarks/re
 lint: $(VENV)/ready  ## ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/ready  ## let ruff and clang-format mend what they can
 	$(BIN)/ruff check --fix .
