@@ -249,18 +249,69 @@ def test_a_momentum_of_none():
         close(actual, expected)
 
 
-def test_under_autocast():
-    """Convolutions of other types than their weights' stay with PyTorch."""
+def autocast_within(model):
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    return run
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_under_autocast(within):
+    """It computes in autocast's type; weights are folded in their own, and brought into that one."""
+    model, x = randomized(Block(16)).eval(), images(1, 16, 32, 32)
+    ours = autocast_within(model) if within else model
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not within):
+        compiled = Compiled(ours)
+        for _ in range(2):
+            with torch.autocast("cpu", enabled=False):
+                exact = model(x)
+            output = compiled(x)
+            assert output.dtype == torch.bfloat16
+            torch.testing.assert_close(output.float(), exact, rtol=0.03, atol=0.03)
+            model.conv2.weight.mul_(0.5)
+    assert sorted(compiled.fused) == sorted(RESIDUAL)
+    (graph,) = compiled.final
+    convolutions = [n for n in graph.graph.nodes if n.target is torch.ops.fastconv.conv2d.default]
+    assert all(node.args[0].meta["val"].dtype == torch.bfloat16 for node in convolutions) and convolutions
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_training_under_autocast(within):
+    model, x = randomized(Block(16)), images(2, 16, 24, 24)
+    theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
+    exact = step(model, model, x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not within):
+        expected = step(autocast_within(theirs) if within else theirs, theirs, x)
+        compiled = Compiled(autocast_within(ours) if within else ours)
+        found = step(compiled, ours, x)
+    largest = max(float(e.abs().max()) for e in exact[1:])
+    for actual, wanted, true in zip(found, expected, exact, strict=True):
+        assert actual.dtype == wanted.dtype
+        error, theirs_error = ((t - true).abs().max() for t in (actual, wanted))
+        assert error <= 2 * theirs_error + 0.01 * largest
+    assert [idiom for idiom in compiled.fused if "batch_norm" in idiom] == [
+        "conv_bn_act (batch_norm, relu)",
+        "conv_bn_act (batch_norm)",
+        "conv_bn_act (batch_norm, iadd, relu)",
+    ]
+
+
+def test_types_of_their_own():
+    """float64 is left alone by autocast; a model in bfloat16 needs none."""
     model, x = randomized(Block(16)).eval(), images(1, 16, 32, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        compiled = Compiled(model)
-        torch.testing.assert_close(compiled(x), model(x), rtol=0.05, atol=0.05)
-    assert compiled.fused == []
-    half = model.bfloat16()
+        exact = copy.deepcopy(model).double()
+        compiled = Compiled(exact)
+        close(compiled(x.double()), exact(x.double()))
+    assert sorted(compiled.fused) == sorted(RESIDUAL)
+    half = copy.deepcopy(model).bfloat16()
     with torch.no_grad():
         compiled = Compiled(half)
         exact = copy.deepcopy(half).float()(x.bfloat16().float())
-        torch.testing.assert_close(compiled(x.bfloat16()).float(), exact, rtol=0.05, atol=0.05)
+        output = compiled(x.bfloat16())
+        torch.testing.assert_close(output.float(), exact, rtol=0.05, atol=0.05)
     assert compiled.fused
 
 

@@ -264,6 +264,15 @@ def test_dropped_with_the_parameter():
     assert not store._kept and store._total == 0
 
 
+def test_dropped_with_a_linear_layers_parameter():
+    model = fastconv.optimize(torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU()).eval())
+    infer(model, torch.randn(1, 16, 16, 64))
+    assert store._kept
+    del model
+    gc.collect()
+    assert not store._kept and store._total == 0
+
+
 def test_dropped_with_the_parameter_though_its_memory_lives():
     layer, x = make(), image()
     infer(layer, x)

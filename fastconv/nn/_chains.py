@@ -452,7 +452,8 @@ def _run_linear(layers: Sequence[Layer], input: Any) -> Any:
     if not torch.is_grad_enabled() and type(input) in PLAIN and input.dim() == 4 and input.is_contiguous():
         images = input.permute(0, 3, 1, 2)
         if not any(map(is_alone, layers)) and input.shape[3] == linear.in_features:
-            weight = made_of((linear.weight,), "1x1", (), lambda weight: weight[:, :, None, None])
+            # Detached, for a view of the parameter itself would keep it alive.
+            weight = made_of((linear.weight,), "1x1", (), lambda weight: weight.detach()[:, :, None, None])
             if weight is not None and takes(images, weight, linear.bias):
                 activation = activation_of(after[0]) if after else None
                 return conv2d(images, weight, linear.bias, activation=activation).permute(0, 2, 3, 1)

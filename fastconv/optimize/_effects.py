@@ -17,12 +17,18 @@ INPLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "ima
 INPLACE |= {"iand", "ior", "ixor", "ilshift", "irshift", "setitem"}
 # These write to their arguments and are not called so.
 _UNSURE = {"instance_norm", "embedding", "embedding_bag", "native_batch_norm", "cudnn_batch_norm"}
-_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode")
+_GRADIENTS = ("_set_grad_enabled", "_enter_inference_mode")
+_AUTOCAST = ("_enter_autocast", "_exit_autocast")
+
+
+def changes_gradients(node: fx.Node) -> bool:
+    """Whether what follows takes other gradients."""
+    return getattr(node.target, "__name__", "") in _GRADIENTS
 
 
 def changes_mode(node: fx.Node) -> bool:
     """Whether what follows takes other gradients, or computes in other types."""
-    return getattr(node.target, "__name__", "") in _MODES
+    return changes_gradients(node) or getattr(node.target, "__name__", "") in _AUTOCAST
 
 
 def written(node: fx.Node) -> list[fx.Node] | None:

@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ._effects import INPLACE, is_written, memory_of, storages
-from ._fusion import convolution_of
+from ._graph_chains import convolution_of
 from ._idioms import COPIES, CUTS, PERMUTATIONS, VIEWS, is_image, name_of, value_of
 from ._rewrite import memory_format_in_graph, no_guards, same_strides
 
@@ -100,6 +100,8 @@ def _values(graph: fx.Graph, images: list[fx.Node]) -> dict[fx.Node, Any]:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
         function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
         values[node] = function(*args, **kwargs)
+        if _types(values[node]) != _types(value_of(node)):  # autocast within the graph is not on here
+            raise _Depends(node.name)
         was_view = memory_of(node) & memory_of(*node.all_input_nodes)
         is_view = storages(values[node]) & storages([values[n] for n in node.all_input_nodes])
         if bool(was_view) != bool(is_view):  # a reshape that copies now
@@ -107,6 +109,10 @@ def _values(graph: fx.Graph, images: list[fx.Node]) -> dict[fx.Node, Any]:
             if is_written(graph.nodes, was_view) or was_view & memory_of(*outputs):
                 raise _Depends(node.name)
     return values
+
+
+def _types(value: Any) -> list[torch.dtype]:
+    return [leaf.dtype for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _is_agnostic(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,40 +12,75 @@ from torch import fx
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from ..ops._folded_weights import fold_and_pack
-from ..ops._packed_weights import made_of, pack_weight, packed_weight
+from ..ops._folded_weights import fold
+from ..ops._packed_weights import made_of, pack_weight
 
 Source = int | torch.Tensor | None  # the position of an input, or a tensor that the graph holds
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is made of a convolution's weight and bias, and of a batch normalisation's tensors.
+    """What is made of a convolution's weight, and of what is folded into it.
 
     Attributes:
-        weight, bias: of the convolution.
-        norm: running_mean, running_var, weight and bias of the normalisation, or None where there is none.
+        parts: the weight, which may be a linear layer's, if it is only packed. If anything is folded or cast:
+            weight; bias; running_mean, running_var, weight and bias of a normalisation; and a factor of each
+            channel; None for what there is not.
         eps: the normalisation's.
+        dtype: in which the convolution computes.
         groups, algorithm: what the weight is packed for, or None where it is not.
     """
 
-    weight: Source
-    bias: Source
-    norm: tuple[Source, ...] | None
+    parts: tuple[Source, ...]
     eps: float
+    dtype: torch.dtype
     groups: int
     algorithm: str | None
 
+    @property
+    def folds(self) -> bool:
+        """Whether weight and bias are made, too."""
+        return len(self.parts) > 1
+
+    @property
+    def has_bias(self) -> bool:
+        return any(source is not None for source in self.parts[1:3])
+
     def make(self, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """Weight and bias, if they are folded; then the packed weight, if it is. Kept for the next call."""
-        sources = (self.weight,) if self.norm is None else (self.weight, self.bias, *self.norm)
-        tensors = tuple(inputs[source] if type(source) is int else source for source in sources)
+        tensors = tuple(inputs[source] if type(source) is int else source for source in self.parts)
         packing = (self.groups, self.algorithm)
-        if self.norm is None:
-            packed = packed_weight("conv2d", *tensors, *packing)
-            return (pack_weight("conv2d", *tensors, *packing) if packed is None else packed,)
-        made = made_of(tensors, "fold_and_pack", (self.eps, *packing), fold_and_pack)
-        return fold_and_pack(*tensors, self.eps, *packing) if made is None else made
+        if self.folds:
+            name, arguments, function = "fold and cast", (self.eps, self.dtype, *packing), _fold
+        else:
+            name, arguments, function = "conv2d", packing, _pack
+        made = made_of(tensors, name, arguments, function)
+        made = function(*tensors, *arguments) if made is None else made
+        return made if type(made) is tuple else (made,)
+
+
+def _fold(*operands: Any) -> tuple[torch.Tensor, ...]:
+    weight, bias, *numbers, factor, eps, dtype, groups, algorithm = operands
+    weight = as_weight(weight, weight.dtype)
+    if numbers[0] is not None:
+        weight, bias = fold(weight, bias, *numbers, eps)
+    if factor is not None:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        factor = factor.reshape(-1).to(exact)
+        weight = weight.to(exact) * factor[:, None, None, None]
+        bias = None if bias is None else bias.to(exact) * factor
+    # Without what would keep the parameters themselves alive.
+    made = tuple(tensor.detach().to(dtype) for tensor in (weight, bias) if tensor is not None)
+    return made if algorithm is None else (*made, _pack(made[0], groups, algorithm))
+
+
+def _pack(weight: torch.Tensor, groups: int, algorithm: str) -> torch.Tensor:
+    return pack_weight("conv2d", as_weight(weight, weight.dtype), groups, algorithm)
+
+
+def as_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A convolution's weight or bias in a type; that of a linear layer is a 1x1 convolution's."""
+    return (weight[:, :, None, None] if weight.dim() == 2 else weight).to(dtype)
 
 
 class Prepared:
@@ -79,8 +115,10 @@ class Prepared:
 
     def inputs(self, recipe: Recipe, mode: FakeTensorMode) -> list[fx.Node]:
         """The placeholders of what a recipe makes."""
+        if not recipe.folds and recipe.algorithm is None:
+            return []
         if recipe not in self._nodes:
-            with unset_fake_temporarily():
+            with unset_fake_temporarily(), _no_autocast():
                 made = recipe.make(self._inputs)
             self._nodes[recipe] = [self._placeholder(tensor, mode) for tensor in made]
         return self._nodes[recipe]
@@ -103,6 +141,14 @@ class Prepared:
             return compiled
 
         def call(*inputs: Any) -> Any:
-            return compiled(*inputs, *(tensor for recipe in recipes for tensor in recipe.make(inputs)))
+            with _no_autocast():
+                made = [tensor for recipe in recipes for tensor in recipe.make(inputs)]
+            return compiled(*inputs, *made)
 
         return call
+
+
+def _no_autocast() -> contextlib.AbstractContextManager:
+    """Within the block tensors are made in the types that they are asked for."""
+    is_on = torch.is_autocast_enabled("cpu")
+    return torch.autocast("cpu", enabled=False) if is_on else contextlib.nullcontext()
