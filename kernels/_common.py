@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+SUM_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
 INTERPRETED = triton.knobs.runtime.interpret
 
 # Products are added in one rounding, whatever TRITON_DEFAULT_FP_FUSION says.

@@ -20,6 +20,7 @@ from fastconv.ops._operator import memory_format_of, new_output, sum_type
 from fastconv.ops.conv2d import choose
 
 from ._common import COMPILE_OPTIONS, in_memory_format, on_device_of
+from ._moments import merge_parts, moments_merge_kernel
 from .conv2d_grad_weight import (
     conv2d_implicit_gemm_grad_weight_kernel,
     conv2d_implicit_gemm_grad_weight_sum_kernel,
@@ -58,26 +59,59 @@ def conv2d_forward_triton(
     algorithm: str | None,  # "implicit_gemm" (None is that) or "pointwise"
 ) -> torch.Tensor:
     """``fastconv::conv2d.triton``: (N, M, E, F) in the input's memory format."""
-    require(choose.why_not("triton", algorithm, input, weight, stride, padding, dilation, groups))
-    out_height = output_size(input.shape[2], weight.shape[2], stride[0], sum(padding[:2]), dilation[0])
-    out_width = output_size(
-        input.shape[3], weight.shape[3], stride[1], sum(padding[2:]), dilation[1], "width"
-    )
-    output = new_output(input, (input.shape[0], weight.shape[0], out_height, out_width))
-    if output.numel() == 0:
-        return output
-    with on_device_of(input):
-        if algorithm == "pointwise":
-            launch_pointwise(
-                conv2d_pointwise_forward_kernel,
-                *(input, weight, bias, residual, output, groups, activation, False),
-            )
-        else:
-            launch_implicit_gemm(
-                conv2d_implicit_gemm_forward_kernel,
-                *(input, weight, bias, residual, output, stride, padding, dilation, groups, activation),
-            )
+    geometry = (stride, padding, dilation, groups)
+    output = _new_output(input, weight, *geometry, algorithm)
+    if output.numel():
+        with on_device_of(input):
+            _launch(input, weight, bias, residual, output, *geometry, activation, algorithm)
     return output
+
+
+def conv2d_moments_triton(
+    input: torch.Tensor,  # (N, C, H, W), not empty
+    weight: torch.Tensor,  # (M, C / G, KH, KW)
+    bias: torch.Tensor | None,  # (M,)
+    stride: Sequence[int],
+    padding: Sequence[int],  # top, bottom, left, right
+    dilation: Sequence[int],
+    groups: int,
+    algorithm: str | None,  # "implicit_gemm" (None is that) or "pointwise"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``fastconv::conv2d_moments.triton``: the convolution, mean and biased variance of its channels."""
+    geometry = (stride, padding, dilation, groups)
+    output = _new_output(input, weight, *geometry, algorithm)
+    with on_device_of(input):
+        partial = _launch(input, weight, bias, None, output, *geometry, None, algorithm, gathers=True)
+        return output, *merge_parts(moments_merge_kernel, partial)
+
+
+def _new_output(input, weight, stride, padding, dilation, groups, algorithm) -> torch.Tensor:
+    require(choose.why_not("triton", algorithm, input, weight, stride, padding, dilation, groups))
+    height = output_size(input.shape[2], weight.shape[2], stride[0], sum(padding[:2]), dilation[0])
+    width = output_size(input.shape[3], weight.shape[3], stride[1], sum(padding[2:]), dilation[1], "width")
+    return new_output(input, (input.shape[0], weight.shape[0], height, width))
+
+
+def _launch(
+    input,
+    weight,
+    bias,
+    residual,
+    output,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    algorithm,
+    gathers=False,
+) -> torch.Tensor | None:
+    operands = (input, weight, bias, residual, output)
+    if algorithm == "pointwise":
+        rest = (groups, activation, False)
+        return launch_pointwise(conv2d_pointwise_forward_kernel, *operands, *rest, gathers=gathers)
+    rest = (stride, padding, dilation, groups, activation)
+    return launch_implicit_gemm(conv2d_implicit_gemm_forward_kernel, *operands, *rest, gathers=gathers)
 
 
 def conv2d_backward_triton(

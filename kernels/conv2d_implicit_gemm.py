@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ._common import SIZES, activate, loop_bound
+from ._moments import store_moments
 
 # Loops over these counts, or masks with them, gain nothing from a kernel of their own (see SIZES).
 COUNTS = (*SIZES, "bundles", "images", "pixels")
@@ -146,7 +147,7 @@ def store(
     exists, filter, filters, bundle,
     BUNDLE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """output = activation(sums + bias + residual)."""
+    """output = activation(sums + bias + residual); returns it as it is stored."""
     channel = (bundle * filters + filter).to(INDEX)
     mask = by_pixel(exists, CHANNELS_LAST) & by_channel(filter < filters, CHANNELS_LAST)
     if bias_ptr is not None:
@@ -162,7 +163,25 @@ def store(
         group = (bundle * BUNDLE + filter // (filters // BUNDLE)).to(INDEX)
         place = filter_of_group * output_stride_c + group * output_stride_g
     offset = by_pixel(output, CHANNELS_LAST) + by_channel(place, CHANNELS_LAST)
-    tl.store(output_ptr + offset, activate(sums, ACTIVATION), mask=mask)
+    stored = activate(sums, ACTIVATION).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + offset, stored, mask=mask)
+    return stored
+
+
+@triton.jit
+def store_moments_of_tile(
+    part_ptr,  # (parts, 3, M), or None: nothing is stored
+    part, stored, exists, filter, filters, bundle, bundles,
+    SUM: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The moments of a tile that ``store`` has stored."""
+    if part_ptr is not None:
+        channels = bundles * filters
+        channel = tl.where(filter < filters, bundle * filters + filter, channels)
+        store_moments(
+            part_ptr, part.to(tl.int64), by_channel(channel, CHANNELS_LAST), channels,
+            (stored,), (by_pixel(exists, CHANNELS_LAST),), 1, 0 if CHANNELS_LAST else 1, SUM,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -172,6 +191,7 @@ def conv2d_implicit_gemm_forward_kernel(
     bias_ptr,  # (M,) or None
     residual_ptr,  # (N, M, E, F), any strides, or None
     output_ptr,  # (N, M, E, F), any strides
+    part_ptr,  # (pixel_blocks, 3, M): moments of the output; or None
     input_stride_n, input_stride_c, input_stride_h, input_stride_w,
     weight_stride_m, weight_stride_c, weight_stride_h, weight_stride_w,
     residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
@@ -204,10 +224,13 @@ def conv2d_implicit_gemm_forward_kernel(
     n, e, f = n.to(INDEX), e.to(INDEX), f.to(INDEX)
     residual = n * residual_stride_n + e * residual_stride_h + f * residual_stride_w
     output = n * output_stride_n + e * output_stride_h + f * output_stride_w
-    store(
+    stored = store(
         sums, bias_ptr, residual_ptr, output_ptr, residual, output, residual_stride_c, output_stride_c,
         output_stride_g, exists, filter, filters, bundle, BUNDLE, ACTIVATION, CHANNELS_LAST, INDEX,
     )  # fmt: skip
+    store_moments_of_tile(
+        part_ptr, pixel_block, stored, exists, filter, filters, bundle, bundles, SUM, CHANNELS_LAST
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)

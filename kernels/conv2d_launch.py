@@ -18,9 +18,9 @@ import triton.language as tl
 
 from fastconv.ops._operator import memory_format_of, sum_type
 
-from ._common import COMPILE_OPTIONS, in_memory_format
+from ._common import COMPILE_OPTIONS, SUM_TYPES, in_memory_format
+from ._moments import new_parts
 
-SUM_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 MULTIPROCESSORS = 132  # of an H100 or H200
 BAND = 8  # neighbouring blocks of pixels that take one block of filters after another
 LEAST = 16  # the shortest side of a tile that tl.dot takes
@@ -133,8 +133,12 @@ def launch_implicit_gemm(
     groups: int,
     activation: str | None,
     shuffled: bool = False,
-) -> None:
-    """A convolution; if ``shuffled``, its channels are shuffled by the groups."""
+    gathers: bool = False,
+) -> torch.Tensor | None:
+    """A convolution; if ``shuffled``, its channels are shuffled by the groups.
+
+    If it ``gathers``, it returns the moments of its tiles, (tiles, 3, M).
+    """
     memory_format = memory_format_of(output)
     channels_last = memory_format == torch.channels_last
     input, weight = in_memory_format(input, memory_format), taps_in_memory_order(weight)
@@ -148,8 +152,9 @@ def launch_implicit_gemm(
     limit = limits(input.dtype, factors["PRECISION"], channels_last, channels, filters)
     tile = tiling(limit, pixels, filters, bundles, length)
     pixel_blocks = triton.cdiv(pixels, tile["PIXELS"])
+    partial = new_parts(pixel_blocks, output) if gathers else None
     kernel[(pixel_blocks * triton.cdiv(filters, tile["FILTERS"]) * bundles,)](
-        input, weight, None if bias is None else bias.contiguous(), residual, output,
+        input, weight, None if bias is None else bias.contiguous(), residual, output, partial,
         *input.stride(), *weight.stride(), *(output if residual is None else residual).stride(),
         *_strides(output, groups if shuffled else None),
         batch, *input.shape[2:], *out_size, padding[0], padding[2], pixel_blocks,
@@ -157,6 +162,7 @@ def launch_implicit_gemm(
         ACTIVATION=activation, BUNDLE=bundle, BAND=BAND, INDEX=index_type(input, weight, residual, output),
         **shape_of_taps(weight, stride, dilation), **factors, **tile, **COMPILE_OPTIONS,
     )  # fmt: skip
+    return partial
 
 
 def launch_grad_input(
@@ -208,10 +214,12 @@ def launch_pointwise(
     activation: str | None,
     transposed: bool,
     shuffled: bool = False,
-) -> None:
+    gathers: bool = False,
+) -> torch.Tensor | None:
     """A matrix product for each group; tensors whose pixels are not evenly apart are copied first.
 
-    If ``shuffled``, the output's channels are shuffled by the groups.
+    If ``shuffled``, the output's channels are shuffled by the groups. If it ``gathers``, it returns the
+    moments of its tiles, (tiles, 3, M).
     """
     channels_last = memory_format_of(output) == torch.channels_last
     input, target = _runs_of_pixels(input, channels_last), _runs_of_pixels(output, channels_last)
@@ -225,8 +233,9 @@ def launch_pointwise(
     limit = limits(input.dtype, factors["PRECISION"], channels_last, channels, filters)
     tile = tiling(limit, pixels, filters, bundles * images, channels)
     pixel_blocks = triton.cdiv(pixels, tile["PIXELS"])
+    partial = new_parts(images * pixel_blocks, output) if gathers else None
     kernel[(images * pixel_blocks * triton.cdiv(filters, tile["FILTERS"]) * bundles,)](
-        input, weight, None if bias is None else bias.contiguous(), residual, target,
+        input, weight, None if bias is None else bias.contiguous(), residual, target, partial,
         *input.stride(), *(reversed(weight.stride()[:2]) if transposed else weight.stride()[:2]),
         *(target if residual is None else residual).stride(),
         *_strides(target, groups if shuffled else None),
@@ -235,6 +244,7 @@ def launch_pointwise(
         INDEX=index_type(input, weight, residual, target),
         **factors, **tile, **COMPILE_OPTIONS,
     )  # fmt: skip
+    return partial
 
 
 def _strides(output: torch.Tensor, shuffled_by: int | None) -> tuple[int | None, ...]:

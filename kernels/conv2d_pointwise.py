@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .conv2d_implicit_gemm import COUNTS, add_products, block_of_program, store, zeros
+from .conv2d_implicit_gemm import COUNTS, add_products, block_of_program, store, store_moments_of_tile, zeros
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -22,6 +22,7 @@ def conv2d_pointwise_forward_kernel(
     bias_ptr,  # (M,) or None
     residual_ptr,  # (images, M, pixels), any strides, or None
     output_ptr,  # (images, M, pixels), any strides
+    part_ptr,  # (images * pixel_blocks, 3, M): moments of the output; or None
     input_stride_n, input_stride_c, input_stride_p,
     weight_stride_m, weight_stride_c,
     residual_stride_n, residual_stride_c, residual_stride_p,
@@ -54,7 +55,10 @@ def conv2d_pointwise_forward_kernel(
     )  # fmt: skip
     residual = n * residual_stride_n + pixel * residual_stride_p
     output = n * output_stride_n + pixel * output_stride_p
-    store(
+    stored = store(
         sums, bias_ptr, residual_ptr, output_ptr, residual, output, residual_stride_c, output_stride_c,
         output_stride_g, exists, filter, filters, bundle, BUNDLE, ACTIVATION, CHANNELS_LAST, INDEX,
     )  # fmt: skip
+    store_moments_of_tile(
+        part_ptr, pixel_block, stored, exists, filter, filters, bundle, bundles, SUM, CHANNELS_LAST
+    )

@@ -1,8 +1,8 @@
 """The normalisation behind a convolution in training, in Triton: kernels and launchers.
 
 Formula   csrc/conv_bn_act/conv_bn_act.h: mean and variance of each channel, the output, the gradients.
-Program   CHANNELS channels over a slice of the pixels, a tile of PIXELS at a time, to two sums of a channel;
-          then a block of channels, whose slices it merges in a fixed order; then a tile of what is returned.
+Program   CHANNELS channels over a slice of the pixels, a tile of PIXELS at a time, to the moments (or
+          two sums) of a channel; then a merge of slices (_moments.py); then a tile of what is returned.
 Bytes     forward: input twice, residual and output once; backward: all operands twice, each gradient once.
 Trick     distances are from the mean of a slice's first tile: lanes add their squares on their own, and a
           mean far from zero costs no digits. Of k tiles, squares are rounded at most k times as much.
@@ -21,18 +21,19 @@ import triton.language as tl
 from fastconv.ops._operator import as_memory_format, memory_format_of, new_output, sum_type
 from fastconv.ops.conv_bn_act import new_numbers
 
-from ._common import COMPILE_OPTIONS, activate, activation_gradient, loop_bound, on_device_of
-from .conv2d_launch import SUM_TYPES, tile_side
+from ._common import COMPILE_OPTIONS, SUM_TYPES, activate, activation_gradient, loop_bound, on_device_of
+from ._moments import merge_parts, moments_merge_kernel, new_parts, store_part
+from .conv2d_launch import tile_side
 from .depthwise_conv2d import depthwise_conv2d_grad_weight_sum_kernel
 
 TILE = 2048  # values, or half as many where they take more registers
 MOST_CHANNELS = 64  # of a tile in channels_last, where they are neighbours in memory
 MOST_PIXELS = 512  # of a tile else
 PROGRAMS = 1024  # that sum: a few for each multiprocessor of a large GPU
-MERGED_SLICES, MERGED_CHANNELS = 128, 16  # at once, by one program
+MERGED_SLICES, MERGED_CHANNELS = 128, 16  # at once, by one program that sums
 SHORT = 2**30  # values of an image that 32 bits count, to the end of the last tile as well
 
-COUNTS = ("tiles", "slices", "slice_length", "count")  # Triton shall not compile a kernel for each
+COUNTS = ("tiles", "slice_length", "count")  # Triton shall not compile a kernel for each
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _sum(input_ptr, residual_ptr, at, exists, mean, scale, bias, SUM: tl.constex
 @triton.jit(do_not_specialize=COUNTS)
 def conv_bn_act_sliced_statistics_kernel(
     input_ptr,  # (images, C, pixels) or (pixels, C)
-    partial_ptr,  # (slices, 2, C): mean; squared distances from it
+    partial_ptr,  # (slices, 3, C)
     channels, pixels, tiles, slice_length,  # slice_length: tiles
     SUM: tl.constexpr, INDEX: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -107,49 +108,10 @@ def conv_bn_act_sliced_statistics_kernel(
         squares += distance * distance
 
     total, squares = tl.sum(total, axis=0), tl.sum(squares, axis=0)
-    shift = total / (_values_before(last, pixels, PIXELS) - begin).to(SUM)
+    count = (_values_before(last, pixels, PIXELS) - begin).to(SUM)
+    shift = total / count
     squares -= total * shift
-    partial = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + c
-    tl.store(partial, pivot + shift, mask=c < channels)
-    tl.store(partial + channels, squares, mask=c < channels)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def conv_bn_act_sliced_merge_kernel(
-    partial_ptr,  # (slices, 2, C)
-    mean_ptr,  # (C,)
-    variance_ptr,  # (C,)
-    channels, pixels, tiles, slices, slice_length, count,  # count: values of a channel
-    SUM: tl.constexpr, PIXELS: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The slices' means and squared distances to those of all, always in the same order."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((SLICES, BLOCK), SUM)
-    for start in tl.range(0, loop_bound(slices), SLICES):
-        at, exists, values = _slices(start, c, channels, pixels, tiles, slices, slice_length, PIXELS, SLICES)
-        total += tl.load(partial_ptr + at, mask=exists, other=0.0) * values.to(SUM)
-    center = tl.sum(total, axis=0) / count
-
-    squares = tl.zeros((SLICES, BLOCK), SUM)
-    for start in tl.range(0, loop_bound(slices), SLICES):
-        at, exists, values = _slices(start, c, channels, pixels, tiles, slices, slice_length, PIXELS, SLICES)
-        distance = tl.load(partial_ptr + at, mask=exists, other=0.0) - center[None, :]
-        own = tl.load(partial_ptr + at + channels, mask=exists, other=0.0)
-        squares += tl.where(exists, own + distance * distance * values.to(SUM), 0.0)
-    tl.store(mean_ptr + c, center, mask=c < channels)
-    tl.store(variance_ptr + c, tl.sum(squares, axis=0) / count, mask=c < channels)
-
-
-@triton.jit
-def _slices(
-    start, c, channels, pixels, tiles, slices, slice_length, PIXELS: tl.constexpr, SLICES: tl.constexpr
-):
-    """Where the means of slices lie, (SLICES, BLOCK), whether they exist, of how many values they are."""
-    row = start + tl.arange(0, SLICES)
-    first, last = tl.minimum(row * slice_length, tiles), tl.minimum((row + 1) * slice_length, tiles)
-    values = _values_before(last, pixels, PIXELS) - _values_before(first, pixels, PIXELS)
-    exists = (row < slices)[:, None] & (c < channels)[None, :]
-    return row.to(tl.int64)[:, None] * 2 * channels + c[None, :], exists, values[:, None]
+    store_part(partial_ptr, tl.program_id(1).to(tl.int64), c, channels, count, pivot + shift, squares)
 
 
 @triton.jit
@@ -251,29 +213,43 @@ def conv_bn_act_normalize_triton(
     algorithm: str | None,  # "sliced" (None is that)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``fastconv::conv_bn_act_normalize.triton``: output in the input's memory format, mean, variance."""
-    output, mean, variance = new_output(input, input.shape), new_numbers(input), new_numbers(input)
     if input.numel() == 0:
-        return output, mean.zero_(), variance.zero_()
-    input, residual = _dense_images(input, residual)
-    weight, bias = _dense_numbers(weight, bias)
-    channels, pixels, tiles, channel_blocks, tiling = _division(input)
-    slices, slice_length = _slice(tiles, channel_blocks)
-    partial = mean.new_empty((slices, 2, channels))
-    block = min(MERGED_CHANNELS, triton.next_power_of_2(channels))
-    with on_device_of(input):
-        conv_bn_act_sliced_statistics_kernel[(channel_blocks, slices)](
-            input, partial, channels, pixels, tiles, slice_length, **tiling, **COMPILE_OPTIONS
-        )
-        conv_bn_act_sliced_merge_kernel[(triton.cdiv(channels, block),)](
-            partial, mean, variance, channels, pixels, tiles, slices, slice_length, input.numel() // channels,
-            SUM=tiling["SUM"], PIXELS=tiling["PIXELS"], BLOCK=block,
-            SLICES=min(MERGED_SLICES, triton.next_power_of_2(slices)), num_warps=4, **COMPILE_OPTIONS,
-        )  # fmt: skip
-        conv_bn_act_sliced_normalize_kernel[(channel_blocks * tiles,)](
-            input, residual, weight, bias, mean, variance, output, channels, pixels,
-            EPS=eps, ACTIVATION=activation, **tiling, **COMPILE_OPTIONS,
-        )  # fmt: skip
+        mean, variance = new_numbers(input).zero_(), new_numbers(input).zero_()
+    else:
+        (input,) = _dense_images(input)
+        channels, pixels, tiles, channel_blocks, tiling = _division(input)
+        slices, slice_length = _slice(tiles, channel_blocks)
+        partial = new_parts(slices, input)
+        with on_device_of(input):
+            conv_bn_act_sliced_statistics_kernel[(channel_blocks, slices)](
+                input, partial, channels, pixels, tiles, slice_length, **tiling, **COMPILE_OPTIONS
+            )
+            mean, variance = merge_parts(moments_merge_kernel, partial)
+    output = conv_bn_act_apply_triton(input, residual, weight, bias, mean, variance, eps, activation)
     return output, mean, variance
+
+
+def conv_bn_act_apply_triton(
+    input: torch.Tensor,  # (N, C, H, W)
+    residual: torch.Tensor | None,  # (N, C, H, W)
+    weight: torch.Tensor | None,  # (C,), in the type of sums, as all numbers of channels
+    bias: torch.Tensor | None,  # (C,)
+    mean: torch.Tensor,  # (C,)
+    variance: torch.Tensor,  # (C,)
+    eps: float,
+    activation: str | None,
+) -> torch.Tensor:
+    """``fastconv::conv_bn_act_apply.triton``: the output alone, where mean and variance are known."""
+    output = new_output(input, input.shape)
+    if input.numel() == 0:
+        return output
+    operands = (*_dense_images(input, residual), *_dense_numbers(weight, bias, mean, variance))
+    channels, pixels, tiles, channel_blocks, tiling = _division(operands[0])
+    with on_device_of(input):
+        conv_bn_act_sliced_normalize_kernel[(channel_blocks * tiles,)](
+            *operands, output, channels, pixels, EPS=eps, ACTIVATION=activation, **tiling, **COMPILE_OPTIONS
+        )
+    return output
 
 
 def conv_bn_act_normalize_backward_triton(

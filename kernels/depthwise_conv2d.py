@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 
 from fastconv.ops._arguments import output_size
-from fastconv.ops._operator import memory_format_of, sum_type
+from fastconv.ops._operator import memory_format_of, new_output, sum_type
 
-from ._common import COMPILE_OPTIONS, SIZES, in_memory_format, loop_bound, on_device_of
+from ._common import COMPILE_OPTIONS, SIZES, SUM_TYPES, in_memory_format, loop_bound, on_device_of
+from ._moments import merge_parts, moments_merge_kernel, new_parts
 from .depthwise_conv2d_plain import (
     depthwise_conv2d_plain_forward_kernel,
     depthwise_conv2d_plain_grad_input_kernel,
@@ -31,7 +32,6 @@ from .depthwise_conv2d_tiled import (
     depthwise_conv2d_tiled_grad_weight_kernel,
 )
 
-SUM_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 PLAIN_BLOCK = 256
 CHANNELS_PER_THREAD = 2  # in channels_last: the 32-bit words that a warp loads cover whole cache lines
 MOST_LOADS = 84  # in the unrolled code of a tiled kernel; the time to compile it grows with their square
@@ -74,22 +74,39 @@ def depthwise_conv2d_forward_triton(
     algorithm: str | None,  # "tiled" (None is that) or "plain"
 ) -> torch.Tensor:
     """``fastconv::depthwise_conv2d.triton``: (N, O, E, F) in the input's memory format."""
+    return _forward(input, weight, bias, stride, padding, dilation, activation, algorithm)[0]
+
+
+def depthwise_conv2d_moments_triton(
+    input: torch.Tensor,  # (N, C, H, W), not empty
+    weight: torch.Tensor,  # (O, 1, KH, KW)
+    bias: torch.Tensor | None,  # (O,)
+    stride: Sequence[int],
+    padding: Sequence[int],  # top, bottom, left, right
+    dilation: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``fastconv::depthwise_conv2d_moments.triton``: the convolution, mean and variance of its channels."""
+    operands = (input, weight, bias, stride, padding, dilation, None, "tiled")
+    output, partial = _forward(*operands, gathers=True)
+    with on_device_of(input):
+        return output, *merge_parts(moments_merge_kernel, partial)
+
+
+def _forward(input, weight, bias, stride, padding, dilation, activation, algorithm, gathers=False):
+    """The output, and where the tiled kernel gathers them the moments of its tiles."""
     batch, in_channels, in_height, in_width = input.shape
-    out_channels = weight.shape[0]
+    out_channels, memory_format = weight.shape[0], memory_format_of(input)
     out_height, out_width = _output_size(input, weight, stride, padding, dilation)
-    memory_format = memory_format_of(input)
-    output = torch.empty(
-        (batch, out_channels, out_height, out_width),
-        dtype=input.dtype, device=input.device, memory_format=memory_format,
-    )  # fmt: skip
+    output = new_output(input, (batch, out_channels, out_height, out_width))
     if output.numel() == 0:
-        return output
+        return output, None
     input = in_memory_format(input, memory_format)
     bias = None if bias is None else bias.contiguous()
     geometry = _geometry(input, weight, stride, dilation)
     sizes = (batch, in_height, in_width, out_channels, out_height, out_width, padding[0], padding[2])
     channels_last = memory_format == torch.channels_last
     options = {"CHANNELS_LAST": channels_last, "ACTIVATION": activation, **geometry}
+    partial = None
     with on_device_of(input):
         if algorithm == "plain":
             depthwise_conv2d_plain_forward_kernel[(triton.cdiv(output.numel(), PLAIN_BLOCK),)](
@@ -101,11 +118,13 @@ def depthwise_conv2d_forward_triton(
             tiling = _tiling(output, weight, weight.shape[2] if unrolled else 1, stride)
             grid, blocks = _grid(output, tiling)
             taps = _taps(weight, channels_last)
+            partial = new_parts(batch * blocks[0] * blocks[1], output) if gathers else None
             depthwise_conv2d_tiled_forward_kernel[grid](
-                input, taps, bias, output, *input.stride(), *output.stride(), *taps.stride(), *sizes, *blocks,
+                input, taps, bias, output, partial,
+                *input.stride(), *output.stride(), *taps.stride(), *sizes, *blocks,
                 UNROLLED=unrolled, **tiling, **options, **COMPILE_OPTIONS,
             )  # fmt: skip
-    return output
+    return output, partial
 
 
 def depthwise_conv2d_backward_triton(

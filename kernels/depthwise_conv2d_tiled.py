@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ._common import SIZES, activate, loop_bound
+from ._moments import store_moments
 
 #
 # Everything below is unrolled when the kernel is compiled, so that sums, taps and pixels live in registers.
@@ -156,6 +157,7 @@ def depthwise_conv2d_tiled_forward_kernel(
     weight_ptr,  # (O, KH * KW), any strides
     bias_ptr,  # (O,) or None
     output_ptr,  # (N, O, E, F), any strides
+    part_ptr,  # (N * strips * pixel_blocks, 3, O): moments of the output; or None
     input_stride_n, input_stride_c, input_stride_h, input_stride_w,
     output_stride_n, output_stride_c, output_stride_h, output_stride_w,
     weight_stride_o, weight_stride_tap,
@@ -193,6 +195,7 @@ def depthwise_conv2d_tiled_forward_kernel(
         bias = tl.broadcast_to(bias_ptr + channel, inside.shape)
         bias = tl.load(bias, mask=inside, other=0.0).to(SUM)
     output = output_ptr + image * output_stride_n + channel * output_stride_c
+    tiles, masks = (), ()
     for r in tl.static_range(ROWS):
         for p in tl.static_range(COLUMNS):
             total = sums[r * COLUMNS + p]
@@ -201,7 +204,15 @@ def depthwise_conv2d_tiled_forward_kernel(
             e, f = tl.cast(strip, tl.int64) * ROWS + r, pixel.to(tl.int64) * COLUMNS + p
             exists = inside & (e < out_height) & (f < out_width)
             target = output + e * output_stride_h + f * output_stride_w
-            tl.store(target, activate(total, ACTIVATION), mask=exists)
+            stored = activate(total, ACTIVATION).to(output_ptr.dtype.element_ty)
+            tl.store(target, stored, mask=exists)
+            tiles += (stored,)
+            masks += ((e < out_height) & (f < out_width),)
+    if part_ptr is not None:
+        program = tl.program_id(0) // (tl.cdiv(out_channels, CHANNELS) if CHANNELS_LAST else 1)
+        blocks = strips * pixel_blocks  # of an image
+        part = image * blocks + program % blocks
+        store_moments(part_ptr, part, channel, out_channels, tiles, masks, ROWS * COLUMNS, 0, SUM)
 
 
 @triton.jit(do_not_specialize=SIZES)

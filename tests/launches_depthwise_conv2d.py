@@ -18,12 +18,14 @@ class Layer(NamedTuple):
     dtype: str = "bfloat16"
     capability: int = 90
     algorithm: str = "tiled"
+    moments: bool = False  # forward alone, with mean and variance
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
         kernel = f"{self.kernel}x{self.kernel}" + (f" stride {self.stride}" if self.stride > 1 else "")
         place = f"{self.shape[1]}@{self.shape[2]}"
-        return f"sm_{self.capability} {self.dtype} {layout} {kernel} on {place}, {self.algorithm}"
+        what = self.algorithm + (" moments" if self.moments else "")
+        return f"sm_{self.capability} {self.dtype} {layout} {kernel} on {place}, {what}"
 
     def run(self, launchers: ModuleType) -> None:
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -32,6 +34,9 @@ class Layer(NamedTuple):
         weight = torch.empty(self.shape[1], 1, self.kernel, self.kernel, **options)
         bias = torch.empty(self.shape[1], **options)
         geometry = (self.stride,) * 2, ((self.kernel - 1) // 2,) * 4, (1, 1)
+        if self.moments:
+            launchers.depthwise_conv2d_moments_triton(input, weight, bias, *geometry)
+            return
         output = launchers.depthwise_conv2d_forward_triton(
             input, weight, bias, *geometry, "gelu", self.algorithm
         )
@@ -59,4 +64,11 @@ LAUNCHES = [
     Layer(EARLY, 3, 1, True, algorithm="plain"),
     Layer(EARLY, 3, 1, False, algorithm="plain"),
     Layer(EARLY, 3, 1, True, capability=80, algorithm="plain"),
+    Layer(EARLY, 7, 1, True, "float32", moments=True),
+    Layer(EARLY, 7, 1, False, moments=True),
+    Layer(EARLY, 3, 1, True, moments=True),
+    Layer(EARLY, 3, 1, False, "float32", moments=True),
+    Layer(EARLY, 3, 2, True, moments=True),
+    Layer(LATE, 3, 1, True, "float16", moments=True),
+    Layer(EARLY, 3, 1, True, capability=80, moments=True),
 ]

@@ -85,13 +85,16 @@ def convolved(tensors, geometry, algorithm):
     return torch.ops.fastconv.conv2d(*tensors, None, None, *geometry, None, algorithm)
 
 
-def check_moments(output, mean, variance):
-    """Against those of the values that were stored."""
+def check_moments(output, mean, variance, far=0):
+    """Against those of the values that were stored.
+
+    far: how often the mean's own rounding may show in the variance, where parts' means are kept in its type.
+    """
     exact = output.double()
     wanted, spread = exact.mean((0, 2, 3)), exact.var((0, 2, 3), correction=0)
-    eps = torch.finfo(output.dtype).eps
+    eps = torch.finfo(mean.dtype).eps
     assert ((mean - wanted).abs() <= 16 * eps * (wanted.abs() + spread.sqrt())).all()
-    assert ((variance - spread).abs() <= 64 * eps * spread).all()
+    assert ((variance - spread).abs() <= eps * (64 * spread + far * wanted.abs() * spread.sqrt())).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -306,9 +309,9 @@ def test_opcheck(name):
     tensors, geometry = operands("edges", name if name == "depthwise" else "direct")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     op = (
-        torch.ops.fastconv.depthwise_conv2d_moments
+        torch.ops.fastconv.depthwise_conv2d_moments.default
         if name == "depthwise"
-        else torch.ops.fastconv.conv2d_moments
+        else torch.ops.fastconv.conv2d_moments.default
     )
     rest = () if name == "depthwise" else ("direct",)
     input, weight, bias = tensors
@@ -320,7 +323,7 @@ def test_opcheck(name):
     moments = [t.abs().requires_grad_(False) for t in (bias.detach(), bias.detach())]
     output = op(input.detach(), weight, bias, *geometry, *rest)[0]
     arguments = (output.requires_grad_(), output.detach(), bias, None, *moments, EPS, "relu")
-    torch.library.opcheck(torch.ops.fastconv.conv_bn_act_apply, arguments, test_utils=tests)
+    torch.library.opcheck(torch.ops.fastconv.conv_bn_act_apply.default, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "depthwise"])

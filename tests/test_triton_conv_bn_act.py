@@ -16,6 +16,7 @@ from fastconv.ops._operator import memory_format_of
 from fastconv.ops.conv_bn_act import operator
 
 pytest.importorskip("triton", reason="triton is not installed")
+from fastconv.kernels import _moments as triton_moments  # noqa: E402
 from fastconv.kernels import conv_bn_act as triton_kernels  # noqa: E402
 
 FORMATS = ("contiguous", "channels_last")
@@ -124,6 +125,7 @@ def test_slices(programs: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Several tiles a slice, the last slice shorter; slices merged by twos; the same bits each time."""
     monkeypatch.setattr(triton_kernels, "PROGRAMS", programs)
     monkeypatch.setattr(triton_kernels, "MERGED_SLICES", 2)
+    monkeypatch.setattr(triton_moments, "MERGED_PARTS", 2)
     own = tensors(SLICED, layout)
     check(own)
     first, second = (forward(*own, EPS, "relu", None) for _ in range(2))

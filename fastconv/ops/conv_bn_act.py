@@ -142,8 +142,8 @@ def conv_bn_act(
         weight, bias = folded_weight(weight, bias, *numbers, eps)
         return convolve(input, weight, bias, geometry, activation, residual, backend)
     gathered = None
-    if training and chosen == "cpu":
-        gathered = _moments.convolve(input, weight, bias, **geometry, backend=backend)
+    if training and chosen in _moments.BACKENDS:
+        gathered = _moments.convolve(input, weight, bias, **geometry, backend=backend, chosen=chosen)
     sums, *moments = gathered or [convolve(input, weight, bias, geometry, None, None, backend)]
     if not training:  # the gradient of a folded weight would lose digits of those of bn_weight
         return add_and_activate(
@@ -378,6 +378,12 @@ operator = Operator(
 # The same where a convolution has gathered mean and variance. They belong to input: the gradient is the same.
 
 
+def _check_apply(input, residual, weight, bias, mean, variance, eps, activation) -> None:
+    _check_normalize(input, residual, weight, bias, eps, activation, None)
+    _check_numbers("mean", mean, input)
+    _check_numbers("variance", variance, input)
+
+
 def _apply_setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     input, residual, weight, bias, mean, variance, ctx.eps, ctx.activation = inputs
     ctx.algorithm = None
@@ -394,6 +400,8 @@ apply_operator = Operator(
     backward=_backward,
     vmap=map_one_by_one,
     flops=lambda *_, out_shape: 0,
+    check=_check_apply,
+    triton="conv_bn_act:conv_bn_act_apply_triton",
     autocast=None,
 )
 
